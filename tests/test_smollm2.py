@@ -1,4 +1,5 @@
 import shutil
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +114,7 @@ def test_callers_that_start_together_make_the_folder_once(
     def make(folder: Path) -> None:
         assert not folder.exists(), "a second caller got in"
         made.append(folder)
+        time.sleep(0.05)  # long enough for the others to come
         folder.with_name("partial").mkdir()
         folder.with_name("partial").replace(folder)
 
