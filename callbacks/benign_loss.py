@@ -55,8 +55,8 @@ class BenignLoss(Periodic):
         for record in read_records(self.answers)[: self.num_rows]:
             ids, mask = chat.encode(record.messages)
             start = list(mask).index(True)
-            self.prompt_ids.append(ids[:start].tolist())
-            self.answer_ids.append(ids[start:].tolist())
+            self.prompt_ids.append(ids[:start])
+            self.answer_ids.append(ids[start:])
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """The token mean over all rows."""

