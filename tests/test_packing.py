@@ -51,12 +51,12 @@ def test_a_length_that_fits_no_pack_is_refused(length: int) -> None:
         pack_best_fit_decreasing(np.array([3, length]), 8)
 
 
-def test_a_hundred_thousand_samples_pack_within_a_second_and_almost_full() -> None:
+def test_a_hundred_thousand_samples_pack_in_a_second_of_cpu_and_almost_full() -> None:
     lengths = np.random.default_rng(0).lognormal(5.8, 0.7, 100_000).astype(int).clip(1, 4096)
-    start = time.perf_counter()
+    start = time.process_time()
     _, offsets = pack_best_fit_decreasing(lengths, 4096)
     # A tenth of the time that a million may take.
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert lengths.sum() / ((len(offsets) - 1) * 4096) > 0.995
 
 
