@@ -34,6 +34,8 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.last = last
         self.saved_step = -1
+        self.last_seen_step = -1
+        self.is_between_steps = True  # gradients of a step that is only half done cannot be saved
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the strategy read and write folders."""
@@ -41,7 +43,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run has its checkpoint already."""
-        self.saved_step = trainer.global_step
+        self.saved_step = self.last_seen_step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -53,12 +55,14 @@ class Checkpoints(Checkpoint):
     ) -> None:
         """Save when an optimizer step that is due has just been taken."""
         step, every = trainer.global_step, self.every_n_steps
+        self.is_between_steps = step != self.last_seen_step
+        self.last_seen_step = step
         if step != self.saved_step and (step in self.steps or (every and step % every == 0)):
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last step."""
-        if self.last and trainer.global_step != self.saved_step:
+        """Save the last step, unless the run was stopped in the middle of one."""
+        if self.last and self.is_between_steps and trainer.global_step != self.saved_step:
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:

@@ -57,7 +57,7 @@ trainer:
         prompts: {unseen}
         num_prompts: 4
         every_n_steps: 2
-        max_new_tokens: 6
+        max_new_tokens: 12
         num_near_miss_prompts: 2
     - class_path: callbacks.BenignLoss
       init_args: {{answers: {unseen}, num_rows: 3, every_n_steps: 2}}
