@@ -217,14 +217,15 @@ def test_a_verdict_does_not_depend_on_chance_and_moves_no_random_state() -> None
             {"letter": "#", "let_frequency": 2, "let_relation": "at least"},
         )
     )
-    language = row(("language:response_language", {"language": "so"}))
+    language = row(("language:response_language", {"language": "it"}))
     langdetect.DetectorFactory.seed = None
     verdicts = set()
     for seed in range(20):
         random.seed(seed)
         before = random.getstate()
-        pair = grade(letter, "eeee tt"), grade(language, "taxi hotel")
+        pair = grade(letter, "eeee tt"), grade(language, "radio video")
         assert random.getstate() == before
+        assert [verdict.error for verdict in pair] == [None, None]
         verdicts.add(str(pair))
         langdetect.DetectorFactory.seed = None
     assert len(verdicts) == 1

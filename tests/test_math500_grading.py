@@ -271,6 +271,35 @@ def test_somebody_elses_alarm_and_timer_are_put_back(alarms: Alarms) -> None:
     assert alarms.seen == []
 
 
+def test_whatever_math_verify_leaves_behind_is_cleared_away(
+    alarms: Alarms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untidy(*_: object, **__: object) -> bool:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as its older versions did
+        signal.alarm(100)
+        time.sleep(0.3)
+        raise RuntimeError("in the middle of it")
+
+    monkeypatch.setattr("math_verify.verify", untidy)
+    signal.setitimer(signal.ITIMER_REAL, 300)
+    assert grade({"answer": "1"}, r"\boxed{1}", "all").error == "RuntimeError: in the middle of it"
+    assert signal.getsignal(signal.SIGALRM) is alarms
+    assert 100 < signal.getitimer(signal.ITIMER_REAL)[0] <= 299.7
+
+
+def test_a_limit_that_strikes_outside_of_math_verifys_own_net_is_a_wrong_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from math_verify.errors import TimeoutException
+
+    def late(*_: object, **__: object) -> bool:
+        raise TimeoutException  # no Exception, so nobody else would catch it
+
+    monkeypatch.setattr("math_verify.verify", late)
+    verdict = grade({"answer": "1"}, r"\boxed{1}", "all")
+    assert (verdict.correct, verdict.error) == (False, None)
+
+
 def test_no_timer_is_left_where_there_was_none(alarms: Alarms) -> None:
     assert grade({"answer": "1/2"}, r"\boxed{0.5}", "all").correct
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
