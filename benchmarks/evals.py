@@ -361,7 +361,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--parts", nargs="*", default=PARTS[:-1], choices=PARTS)
     parser.add_argument("--only", choices=("agreement", "speed", "tables"), help="only this")
     parser.add_argument("--out", default="runs/benchmarks/evals.jsonl", type=Path)
-    parser.add_argument("--batch_size", default=16, type=int)
+    parser.add_argument("--batch_size", default=4, type=int, help="of 16 answers, 12 wait")
     parser.add_argument("--threads", default=torch.get_num_threads(), type=int)
     parser.add_argument("--pairs", default=3, type=int, help="paired runs whose median counts")
     parser.add_argument("--agreement_rows", default=64, type=int, help="of IFEval, of Math-500")

