@@ -73,13 +73,14 @@ def sabotaged(
 ) -> list[str]:
     """The options of a run that saves every few steps, and has a saboteur."""
     config = folder / f"saboteur-{armed.parent.name}.yaml"
+    on = "null" if rank is None else rank
     config.write_text(
         f"""
 trainer:
   callbacks+:
     - {{class_path: callbacks.Checkpoints, init_args: {{every_n_steps: {every}, last: false}}}}
     - class_path: test_checkpoints.Saboteur
-      init_args: {{step: {step}, how: {how}, armed: {armed}, rank: {"null" if rank is None else rank}}}
+      init_args: {{step: {step}, how: {how}, armed: {armed}, rank: {on}}}
 """
     )
     return ["-c", str(config)]
