@@ -66,9 +66,9 @@ class Preemption(pl.Callback):
             return
         notice = agreed_notice(trainer)
         if notice:
-            for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, Checkpoints):
-                    callback.save(trainer)
+            savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
+            if savers:
+                savers[-1].save(trainer)
             self._stop(notice)
 
     def _stop(self, notice: Notice) -> NoReturn:

