@@ -318,11 +318,11 @@ class Job:
     def _story(self) -> str:
         return f"job {self.id} is {self.state}, and printed:\n{self.text}"
 
-    def wait_for_text(self, text: str, seconds: float = 120) -> None:
+    def wait_for_text(self, text: str, seconds: float = 400) -> None:
         """Wait until it has printed this."""
         wait_for(lambda: text in self.text, seconds, lambda: f"{text!r}; {self._story()}")
 
-    def wait(self, seconds: float = 240) -> str:
+    def wait(self, seconds: float = 600) -> str:
         """Wait until it has ended for good; its last state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_for(lambda: self.state in over, seconds, self._story)

