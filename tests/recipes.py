@@ -41,7 +41,7 @@ def files_of(command: list[str]) -> list[Path]:
 
 
 def write_tiny_base(folder: Path, name: str) -> str:
-    """A random model of two layers with the architecture of the model `name` and its chat habits."""
+    """A random model of two layers with the architecture and the chat habits of `name`."""
     kind = next((kind for kind in ARCHITECTURES if kind in name.lower()), "8b")
     num_heads, num_key_heads, is_tied = ARCHITECTURES[kind]
     is_chatml = "smollm2" in name or "dolphin" in name

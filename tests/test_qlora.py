@@ -35,7 +35,9 @@ def test_the_adapters_loss_falls_and_the_base_is_not_saved(qlora: Path) -> None:
     metrics = metrics_of(qlora)
     assert metrics[8]["train/loss"] < 0.9 * metrics[1]["train/loss"]
     adapter = adapter_of(qlora)
-    assert all("lora_" in name and weight.dtype == torch.float32 for name, weight in adapter.items())
+    assert all(
+        "lora_" in name and weight.dtype == torch.float32 for name, weight in adapter.items()
+    )
     second = [weight for name, weight in adapter.items() if "lora_B" in name]
     assert len(second) == 2 * 7  # layers x linear maps
     assert all(weight.abs().max() > 0 for weight in second)

