@@ -158,10 +158,13 @@ class StandIns:
         return copy
 
     def command(self, command: list[str], num_steps: int) -> list[str]:
-        """A README's command on stand-ins, for a few steps on this machine's CPU."""
+        """A README's command on stand-ins, for a few steps on one process of this machine's CPU."""
         made = []
         for part in command:
             key, _, value = part.partition("=")
+            if part.startswith("configs/strategy/"):
+                made.pop()  # its -c
+                continue
             if part.endswith(".yaml"):
                 part = str(self.file(PROJECT / part))
             elif key == "--model.init_args.base":
