@@ -94,7 +94,7 @@ def test_an_adapter_in_the_base_is_merged_before_it_is_quantized(
         held = module.causal_lm.get_submodule(name).base_layer.weight
         weight = dequantize_4bit(held.data, held.quant_state)
         wanted = merged[f"{name}.weight"]
-        assert (weight - wanted).norm() < 0.3 * (plain[f"{name}.weight"] - wanted).norm()
+        assert (weight - wanted).norm() < 0.5 * (plain[f"{name}.weight"] - wanted).norm()
 
 
 def test_a_run_on_a_quantized_base_is_a_base_for_the_next(world: Path, qlora: Path) -> None:
