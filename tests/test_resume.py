@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import pytest
+from kills import OPTIMIZERS, differences, resume_args, run_killed
+from ranks import run
+from tiny_run import write_world
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("method", "num"), [("full", 1), ("full", 2), ("lora", 2)])
+def test_a_run_that_is_killed_twice_ends_bit_for_bit_as_one_that_was_not(
+    tmp_path: Path, method: str, num: int, optimizer: str
+) -> None:
+    world = write_world(tmp_path)
+    whole = resume_args(world, "whole", method, optimizer, num, max_steps=14)
+    run(whole, num, tmp_path / "whole-said")
+    killed = resume_args(world, "killed", method, optimizer, num, max_steps=14)
+    steps = run_killed(killed, num, world / "killed", 2, seed=num, output=tmp_path / "said")
+    assert len(steps) == 2
+    assert differences(world / "killed", world / "whole") == []
