@@ -1,5 +1,6 @@
 """Ending a run of several processes, with a name, when one of them is dead or stuck."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -31,12 +32,13 @@ class Watchdog(pl.Callback):
         run = Path(trainer.default_root_dir)
 
         def on_verdict(verdict: str) -> None:
-            if trainer.is_global_zero:
-                write_provenance(run, status="failed", error=verdict)
             say(
                 f"error: {verdict}. Rank {trainer.global_rank} ends here; the same command, or a "
                 f"new job, goes on from the last checkpoint in {run}"
             )
+            if trainer.is_global_zero:
+                with suppress(OSError):  # ending matters more than a note of it
+                    write_provenance(run, status="failed", error=verdict)
 
         self.dog = watchdog.Watchdog(
             trainer.global_rank,

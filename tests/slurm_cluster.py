@@ -158,7 +158,6 @@ class Cluster:
             "PropagateResourceLimits": "NONE",
             "ReturnToService": 2,
             "JobRequeue": 1,
-            "KillWait": 5,
             "MessageTimeout": 5,
             "SlurmdTimeout": 20,
             "MinJobAge": 3600,

@@ -139,7 +139,7 @@ def test_before_the_first_step_or_when_told_twice_a_process_ends_at_once(
     for _ in range(num_signals):
         assert process.poll() is None
         process.terminate()
-        time.sleep(0.3)
+        time.sleep(1.2)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
     assert said in err

