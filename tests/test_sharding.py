@@ -23,7 +23,7 @@ COMPARED = ("train/loss", "train/grad_norm", "eval/benign_loss")
 class Weigher(pl.Callback):
     """Notes what a process has read of the base's weights, and what it holds of the model."""
 
-    def setup(self, trainer: pl.Trainer, *_: object) -> None:
+    def setup(self, trainer: pl.Trainer, *_: object, **__: object) -> None:
         read = SafetensorsWeights.read
         self.num_read = 0
 
