@@ -35,10 +35,10 @@ class Weigher(pl.Callback):
         SafetensorsWeights.read = counting  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights = list(pl_module.parameters())
+        weights = list(pl_module.state_dict().values())
         noted = {
             "read": self.num_read,
-            "held": sum(weight.to_local().numel() for weight in weights),  # type: ignore[operator]
+            "held": sum(weight.to_local().numel() for weight in weights),
             "model": sum(weight.numel() for weight in weights),
         }
         Path(trainer.default_root_dir, f"{trainer.global_rank}.json").write_text(json.dumps(noted))
