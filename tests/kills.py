@@ -50,6 +50,10 @@ def last_step(run_dir: Path) -> int:
         return -1
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def run_killed(
     args: Sequence[str], num: int, run_dir: Path, num_kills: int, seed: int, output: Path
 ) -> list[int]:
@@ -63,8 +67,11 @@ def run_killed(
     for _ in range(num_kills):
         until = last_step(run_dir) + draw.randint(1, 4)
         ranks = Ranks(args, num, output)
-        while last_step(run_dir) < until and all(p.is_alive() for p in ranks.processes):
+        size = -1
+        while all(p.is_alive() for p in ranks.processes):
             time.sleep(0.003)
+            if size != (size := _size(run_dir / "metrics.csv")) and last_step(run_dir) >= until:
+                break
         time.sleep(draw.random() * 0.05)
         assert all(p.exitcode in (None, 0) for p in ranks.processes), ranks.said()
         assert any(p.is_alive() for p in ranks.processes), "it was over before the kill"

