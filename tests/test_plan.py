@@ -124,6 +124,7 @@ def test_a_plan_adds_up_and_is_written(
     assert "fits" in shown and "does NOT fit" not in shown
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_to_change(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_copy_on_each_node_costs_what_its_gpus_alone_would(world: Path) -> Non
     assert on_two_nodes.estimate.peak.weights == alone.estimate.peak.weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [True, False])
 def test_a_deep_model_is_a_line_through_two_shallow_ones(
     sharded: bool, monkeypatch: pytest.MonkeyPatch

