@@ -79,7 +79,7 @@ def adapter_after(
     assert checkpoint is not None
     state = torch.load(checkpoint / "trainer.pt", weights_only=True)
     weights = load_file(checkpoint / "adapter_model.safetensors")
-    return weights | {"torch rng": state["rng"]["torch"]}
+    return weights | {"torch rng": state["rng"][0]["torch"]}
 
 
 @pytest.fixture(scope="module")
