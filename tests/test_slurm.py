@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kills import SHARDED, differences
 from slurm_cluster import PROJECT, Cluster, Job, cluster, wait_for
 from test_preemption import assert_same_run
 from tiny_run import fit, fit_args, metrics_of, world
@@ -88,6 +89,28 @@ def test_a_warning_requeues_uneven_ranks_and_the_run_ends_bit_identical(
     assert f"resuming {run} at step {saved[1]}" in job.text
     assert job.facts()["Restarts"] == "1"
     assert_same_run(run, whole)
+
+
+def test_a_model_split_over_two_nodes_is_preempted_and_ends_as_one_that_was_not(
+    cluster: Cluster, world: Path, whole: Path
+) -> None:
+    split = world / "split.yaml"
+    split.write_text(SHARDED)
+    runs = [world / "split-whole", world / "split-preempted"]
+    job = submit(cluster, [*run_args(world, runs[0].name), "-c", str(split)])
+    assert job.wait() == "COMPLETED", job.text
+    uneven = run_args(world, runs[1].name, ("cluster_callbacks.Uneven", {}))
+    job = submit(cluster, [*uneven, "-c", str(split)])
+    job.wait_for_text("<step 2>")
+    job.signal("USR1")
+    job.wait_for_text(f"job {job.id} is back in the queue")
+    assert job.wait() == "COMPLETED", job.text
+    assert job.facts()["Restarts"] == "1"
+    assert differences(runs[1], runs[0]) == []
+    ours, theirs = metrics_of(runs[0]), metrics_of(whole)
+    for step in range(1, NUM_STEPS + 1):
+        for name in ("train/loss", "train/grad_norm"):
+            assert ours[step][name] == pytest.approx(theirs[step][name], rel=1e-5)
 
 
 def test_a_signal_during_start_up_requeues_at_once_and_loses_nothing(
