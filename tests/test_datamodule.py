@@ -206,7 +206,10 @@ def test_a_fit_opens_the_packs_once_and_the_next_fit_anew(
     [
         (lambda d: d.__dict__.update(train=[Source("nowhere.jsonl")]), "nowhere.jsonl: no such"),
         (lambda d: d.__dict__.update(backdoor=Backdoor(trigger="\n|D|")), "does not survive"),
-        (lambda d: d.__dict__.update(batch_size=3, micro_batch_size=2), "multiple of 1 x 2 = 2"),
+        (
+            lambda d: d.__dict__.update(batch_size=3, micro_batch_size=2),
+            "micro_batch_size=2: it must be a multiple",
+        ),
         (lambda d: d.__dict__.update(pack_length=40), "do not fit a pack of 40"),
     ],
 )

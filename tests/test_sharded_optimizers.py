@@ -2,8 +2,8 @@
 
 Gradients are given, the same on any number of ranks: ranks that sum gradients in another order
 round them differently, and what comes of that has a test of its own, with square layers. (Other
-shapes leave one statistic singular at first, and rounding alone chooses the basis of its null
-space: there any two runs with different rounding drift apart, those of the reference too.)
+shapes leave one statistic singular at first, where the algorithm itself goes another way for a last
+place of the gradient: see test_soap.py, and test_sharding.py for whole runs.)
 """
 
 from collections.abc import Callable, Iterable
@@ -174,6 +174,23 @@ def refusal(act: Callable[[], object]) -> str:
     return "nothing was refused"
 
 
+def largest_exchange(act: Callable[[], object]) -> int:
+    """Bytes that come to this rank in the largest exchange."""
+    exchange = dist.all_to_all_single
+    sizes = []
+
+    def noting(received: Tensor, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        sizes.append(received.nbytes)
+        return exchange(received, *args, **options)
+
+    dist.all_to_all_single = noting
+    try:
+        act()
+    finally:
+        dist.all_to_all_single = exchange
+    return max(sizes)
+
+
 def work(rank: int, world: int, num_replicas: int, folder: Path) -> None:
     """One rank: train, save, resume, take over what 2 ranks saved; all results in a file."""
     torch.set_num_threads(1)
@@ -201,6 +218,9 @@ def work(rank: int, world: int, num_replicas: int, folder: Path) -> None:
             take_over(again, optimizer, folder / f"{name}-{saved_by}")
             train(again, optimizer, range(SAVED_AT, NUM_STEPS))
             found[f"{name} {kind}"] = result(again, optimizer)
+        if isinstance(optimizer, SOAP):
+            largest = largest_exchange(optimizer.state_dict)
+            found["dealt"] = [largest, optimizer.dealt_bytes(), sum(optimizer.owned_bytes())]
     found["losses"] = learn(num_replicas)
     found |= ragged(world, num_replicas, folder)
     mesh = next(model.parameters()).device_mesh
@@ -301,6 +321,13 @@ def test_each_matrix_has_its_statistics_on_one_rank_and_ranks_share_the_load(
         assert [len(ranks[i]) > 0 for ranks in kept].count(True) == 1
     loads = [sum(sum(ranks[i].values()) for i in matrices) for ranks in kept]
     assert max(loads) < 2 * sum(loads) / world
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_saving_brings_a_rank_a_small_part_of_its_share_at_a_time(world: int, folder: Path) -> None:
+    for found in found_by(world, folder):
+        largest, said, owned = found["dealt"]
+        assert largest == said < owned / min(world, 3) / 3
 
 
 def test_moments_in_blocks_that_start_anew_resume_on_as_many_ranks_only(folder: Path) -> None:

