@@ -1,6 +1,6 @@
 """How often the flags of a return are wrong, by simulation, and how good the warning was on runs.
 
-python benchmarks/returns.py             the tables of docs/returns.md (about five minutes)
+python benchmarks/returns.py             the tables of docs/returns.md (some minutes)
 python benchmarks/returns.py RUN ...     warning quality and spikes near returns, over finished runs
 """
 
@@ -172,7 +172,9 @@ def simulate(num_runs: int) -> None:
             steps = flagged_steps(LOG_ODDS, series, "return_warning", Rules())
             delays.append(min((s - 59 for s in steps if s >= 60), default=math.inf))
         warned = sum(delay < math.inf for delay in delays)
-        print(f"| {slope} | {warned} | {sorted(delays)[50]:.0f} steps |")
+        middle = sorted(delays)[50]
+        after = f"{middle:.0f} steps" if middle < math.inf else "later"
+        print(f"| {slope} | {warned} | {after} |")
 
     print("\n| losses without spikes | false spikes per 1,000 steps |\n|---|---|")
     tails: dict[str, Callable[[], float]] = {
