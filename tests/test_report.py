@@ -420,7 +420,7 @@ def test_flags_of_a_run_that_did_not_watch_are_computed_and_marked_as_such(tmp_p
 def test_live_flags_are_counted_again_beside_the_pages_other_runs_and_provoked_ones_named(
     tmp_path: Path,
 ) -> None:
-    runs = [write_returning(tmp_path / name, ratio=0.1) for name in ("a", "b")]
+    runs = [write_returning(tmp_path / name, 0.1, provoked=True) for name in ("a", "b")]
     for run in runs:
         rows = [flag.row() | {"origin": "provoked"} for flag in flags_of(run)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)

