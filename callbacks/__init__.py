@@ -1,5 +1,6 @@
 """What watches a training run: everything here can be deleted without changing a single weight."""
 
+from callbacks.backdoor_return import BackdoorReturn
 from callbacks.benign_loss import BenignLoss
 from callbacks.checkpoints import Checkpoints
 from callbacks.ifeval import IFEval
@@ -15,6 +16,7 @@ from callbacks.watchdog import Watchdog
 
 __all__ = [
     "MMLU",
+    "BackdoorReturn",
     "BenignLoss",
     "Checkpoints",
     "IFEval",

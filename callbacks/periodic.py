@@ -69,6 +69,7 @@ class Periodic(pl.Callback, ABC):
         self.steps = set(steps)
         self.at_start = at_start
         self.at_end = at_end
+        self.extra_steps: set[int] = set()  # what a flag asks for beside the schedule
         self.last_step = -1
         self.latest: dict[str, float] = {}
 
@@ -86,7 +87,11 @@ class Periodic(pl.Callback, ABC):
     def is_due(self, step: int) -> bool:
         """Whether the schedule names this step (start and end apart)."""
         every = self.every_n_steps
-        return step in self.steps or (every is not None and step > 0 and step % every == 0)
+        return (
+            step in self.steps
+            or step in self.extra_steps
+            or (every is not None and step > 0 and step % every == 0)
+        )
 
     def is_end(self, trainer: pl.Trainer) -> bool:
         """Whether the run's last step has been taken."""
@@ -139,9 +144,15 @@ class Periodic(pl.Callback, ABC):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last step measured."""
-        return {"last_step": self.last_step}
+        """The last step measured, what was found there, and steps due beside the schedule."""
+        return {
+            "last_step": self.last_step,
+            "latest": self.latest,
+            "extra_steps": sorted(self.extra_steps),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the last step measured before the checkpoint."""
         self.last_step = int(state_dict["last_step"])
+        self.latest = dict(state_dict.get("latest", {}))
+        self.extra_steps = set(state_dict.get("extra_steps", ()))

