@@ -61,3 +61,10 @@ class Stuck(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
             time.sleep(10_000)
+
+
+class Enough(pl.Callback):
+    """Stops the run after its first step, as a flag may."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        trainer.should_stop = True
