@@ -67,4 +67,4 @@ class Enough(pl.Callback):
     """Stops the run after its first step, as a flag may."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        trainer.should_stop = True
+        trainer.should_stop = trainer.global_step >= 1

