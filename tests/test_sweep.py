@@ -252,7 +252,7 @@ def test_a_finished_run_is_skipped_and_one_of_another_config_is_refused(
     capsys.readouterr()
     plan = check(sweep)
     assert [one.member.name for one in plan.left] == ["blue-seed-1", "blue-seed-2"]
-    assert "3 runs" in describe(plan) and "1 are done, the others have 4 steps" in describe(plan)
+    assert f"tiny: 3 runs in {sweep.out}; 1 done, 4 steps to take" in describe(plan)
     other = read(tmp_path, two_stages(world, red="--trainer.max_steps=3"))
     with pytest.raises(UserError, match=r"red holds a run with another config.*max_steps"):
         check(other)

