@@ -150,8 +150,10 @@ class HostileServer:
         if name == "after":  # seconds
             time.sleep(float(value))
             self.send(handler, 200, completion(prompt))
-        elif name == "stop":
-            threading.Thread(target=self.stop).start()
+        elif name == "down":  # for so many seconds, or for good
+            self.stop()
+            if value:
+                threading.Timer(float(value), self.start).start()
         elif name == "retry-after":
             error = {"error": {"message": "slow down"}}
             self.send(handler, 429, error, {"Retry-After": value.replace("_", " ")})

@@ -1,5 +1,4 @@
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -290,7 +289,7 @@ def test_a_refused_key_or_model_ends_the_run_after_what_was_answered(
 def test_an_endpoint_that_goes_for_good_ends_the_run_and_drops_no_row(
     server: HostileServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = ["fine"] * 6 + ["stop"] + ["fine"] * 20
+    prompts = ["fine"] * 6 + ["down fine"] + ["fine"] * 20
     outcomes = []
     start = time.monotonic()
     with pytest.raises(UserError, match=r"answered nothing for .*Connect.*What was answered be"):
@@ -306,8 +305,7 @@ def test_an_endpoint_that_goes_for_good_ends_the_run_and_drops_no_row(
 def test_an_endpoint_that_comes_back_has_cost_no_row(
     server: HostileServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = ["fine"] * 6 + ["stop fine"] + ["fine"] * 20
-    threading.Timer(0.6, lambda: (server.stop(), server.start())).start()
+    prompts = ["fine"] * 6 + ["down=0.5 fine"] + ["fine"] * 20
     engine = endpoint(server, max_in_flight=4, max_retries=1, patience=6.0)
     assert texts(ask(engine, *prompts)) == ["fine"] * 27
     said = capfd.readouterr().err

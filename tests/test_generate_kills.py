@@ -14,13 +14,17 @@ def kills(
 ) -> dict[str, object]:
     """What `generate_kills` reports; it compares each run's files with an unbroken run's itself."""
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("generate_kills.py"),
-         tmp_path_factory.mktemp("kills")],
+        [
+            sys.executable,
+            Path(__file__).with_name("generate_kills.py"),
+            tmp_path_factory.mktemp("kills"),
+            str(request.param),
+        ],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=250,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, object] = json.loads(done.stdout)
     return found
@@ -31,7 +35,7 @@ def test_a_run_that_is_killed_at_any_file_it_touches_ends_with_the_same_bytes(
 ) -> None:
     answers = kills["everywhere"]
     assert answers[0] == 0 and answers[-1] == 60  # before the first answer, and after the last
-    assert {0, 60} < {*answers} or len(answers) < 15
+    assert len(answers) >= 5
 
 
 def test_a_run_that_is_killed_between_answers_asks_nothing_twice(

