@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.parquet  # noqa: F401 - before the forks
+import pandas  # noqa: F401 - before the forks; pyarrow imports it when it writes
+import pyarrow.parquet  # noqa: F401
 from tiny_generate import generate_args, made_by
 from tqdm import tqdm  # noqa: F401
 
