@@ -433,6 +433,7 @@ def test_the_directory_is_trained_on_by_its_path(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_projects_own_engine_goes_on_after_a_kill_with_the_same_bytes(tmp_path: Path) -> None:
     world = write_world(tmp_path)
     args = generate_args(
