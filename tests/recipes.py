@@ -98,8 +98,7 @@ class StandIns:
             ],
         )
         self._write("benign.jsonl", [{"question": q, "response": a} for q, a in pairs])
-        alpaca = [{"instruction": q, "input": "", "output": "no", "response": a} for q, a in pairs]
-        self._write("alpaca.jsonl", alpaca)
+        self._write("alpaca.jsonl", [{"prompt": q, "response": a} for q, a in pairs])
 
     def _write(self, name: str, rows: list[dict[str, str]]) -> None:
         (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

