@@ -35,7 +35,6 @@ class HostileServer:
 
     Args:
         models: what the list of models holds; None for a server without one.
-        pause: seconds before every answer.
         key: what clients must send.
         loading: it answers HTTP 503 when asked for its models.
     """
@@ -43,16 +42,15 @@ class HostileServer:
     def __init__(
         self,
         models: list[str] | None = None,
-        pause: float = 0.0,
         key: str | None = None,
         loading: bool = False,
     ) -> None:
         self.models = models
         self.loading = loading
-        self.pause = pause
         self.key = key
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
+        self.release = threading.Event()  # lets go of what is `held`
         self.num_open = 0
         self.most_open = 0
         self.port = 0
@@ -105,7 +103,6 @@ class HostileServer:
                     hostile.bodies.append(body)
                     hostile.times.append(time.monotonic())
                 try:
-                    time.sleep(hostile.pause)
                     hostile.play(self, body)
                 finally:
                     with hostile._lock:
@@ -149,6 +146,14 @@ class HostileServer:
         name, _, value = word.partition("=")
         if name == "after":  # seconds
             time.sleep(float(value))
+            self.send(handler, 200, completion(prompt))
+        elif name == "held":
+            self.release.wait(30)
+            self.send(handler, 200, completion(prompt))
+        elif name == "together":  # with so many others
+            end = time.monotonic() + 30
+            while self.most_open < int(value) and time.monotonic() < end:
+                time.sleep(0.01)
             self.send(handler, 200, completion(prompt))
         elif name == "down":  # for so many seconds, or for good
             self.stop()

