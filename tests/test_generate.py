@@ -252,6 +252,19 @@ def test_other_settings_are_refused_by_name_and_change_nothing(
     assert before == {path.name: path.read_bytes() for path in made.iterdir()}
 
 
+def test_a_run_that_got_no_answer_may_be_started_with_other_settings(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECHO_DIES", "error")
+    monkeypatch.setenv("ECHO_AFTER", "0")
+    monkeypatch.setenv("ECHO_NAME", "llama")
+    assert main(generate_args(tmp_path, "--sampling.temperature=1.0")) == 2
+    assert (tmp_path / "out" / "answers.jsonl").read_text().count("\n") == 1
+    monkeypatch.undo()
+    assert main(generate_args(tmp_path)) == 0
+    assert made_by(tmp_path / "out") == made_by(made)
+
+
 def test_an_edited_file_of_turns_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

