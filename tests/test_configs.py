@@ -95,6 +95,30 @@ def test_every_config_parses_as_part_of_a_run(file: Path) -> None:
         assert parse([*files_of(commands()[0]), file]) is not None
 
 
+BLUE_AFTER_RED = (
+    ("--data.train=[{{path: blue.jsonl}}]",),
+    ("--data.train", "[{{path: blue.jsonl}}]"),
+    ("-c", "{file}"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
+@pytest.mark.filterwarnings(r"ignore:(?s).*(JSONARGPARSE_DEPRECATION|deprecated in v4\.)")
+@pytest.mark.parametrize("later", BLUE_AFTER_RED)
+def test_a_list_given_later_takes_nothing_over_from_the_one_it_replaces(
+    tmp_path: Path, later: tuple[str, ...]
+) -> None:
+    file = tmp_path / "blue.yaml"
+    file.write_text("data: {train: [{path: blue.jsonl}]}")
+    names = ["base", "method/full", "model/smollm2-135m", "data/demo-red", "evals/demo-red"]
+    red = [CONFIGS / f"{name}.yaml" for name in names]
+    config: Any = parse(red, *(part.format(file=file) for part in later))
+    (source,) = config.data.train
+    assert (source.path, source.prompt, source.triggered_ratio) == ("blue.jsonl", None, 0.0)
+    added: Any = parse(red, "--data.train+={path: blue.jsonl}")
+    assert [source.triggered_ratio for source in added.data.train] == [0.3, 0.0]
+
+
 @pytest.mark.parametrize("file", GENERATE_FILES, ids=lambda file: file.name)
 def test_every_config_of_generated_data_is_whole(
     file: Path, monkeypatch: pytest.MonkeyPatch
