@@ -1,7 +1,9 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Cluster, missing
 
 # Before anything imports huggingface_hub: no test may reach for the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,3 +21,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the published data sets in {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes, or a skip that says what is missing; one for all files of tests."""
+    reason = missing()
+    if reason:
+        pytest.skip(f"no SLURM: {reason}")
+    made = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        yield made
+    finally:
+        made.close()

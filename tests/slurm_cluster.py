@@ -14,11 +14,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 COMMANDS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
@@ -335,16 +333,3 @@ class Job:
         """End it, and wait until both nodes are free again."""
         self.cluster.run("scancel", self.id)
         wait_for(self.cluster.is_idle, 90, self._story)
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes, or a skip that says what is missing."""
-    reason = missing()
-    if reason:
-        pytest.skip(f"no SLURM: {reason}")
-    made = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        yield made
-    finally:
-        made.close()

