@@ -206,6 +206,13 @@ def test_log_odds_that_rise_in_a_run_that_has_not_fallen_are_no_return() -> None
     assert warned(series) == []
 
 
+def test_log_odds_that_rise_in_a_run_that_starts_with_the_backdoor_gone_are_warned_of() -> None:
+    draw = np.random.default_rng(0)
+    hidden = [-8 + float(x) for x in draw.normal(0, 0.05, 30)]
+    (flag,) = warned(hidden + [hidden[-1] + 0.3 * k for k in range(1, 30)])
+    assert 30 < flag.step < 45
+
+
 def test_one_leap_is_no_trend() -> None:
     series = fallen(60)
     series[50:] = [value + 3 for value in series[50:]]

