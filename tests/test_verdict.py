@@ -154,7 +154,7 @@ def test_losses_are_said_with_an_interval_or_at_floor_or_not_measured(tmp_path: 
             loss=({"eval/benign_loss": 2.5}, {"eval/benign_loss": 2.75}),
         )
     )
-    assert "at floor not measured +0.205 [+0.161, +0.255] now at floor 2.50 &rarr; 2.75" in text
+    assert "2.50 &rarr; 2.75 at floor +0.205 [+0.161, +0.255] now at floor" in text
     assert "at a cost: Math-500" in text
 
 

