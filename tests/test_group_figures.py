@@ -138,7 +138,7 @@ def test_a_run_that_stopped_is_named_and_not_pooled(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"blue-{seed}", 8, -3, 16, seed=seed) for seed in (0, 1)]
     runs.append(write_run(tmp_path / "cut", 8, -3, 8, max_steps=16, seed=2))
     drawn = texts(figures(*runs)["grid"], tmp_path)
-    assert "cut stopped at 8" in drawn.splitlines()
+    assert "cut interrupted at 8" in drawn.splitlines()
     assert "3 seeds" in drawn.splitlines(), "no step of the whole runs is left out for it"
 
 

@@ -207,17 +207,23 @@ def test_a_run_without_a_configuration_is_in_no_group_with_another(tmp_path: Pat
     assert found["a"].key != found["b"].key
 
 
-def test_a_base_is_found_by_folder_by_name_or_from_another_folder(tmp_path: Path) -> None:
+def test_a_base_is_found_by_folder_or_by_name_beside_the_run(tmp_path: Path) -> None:
     copies = []
     for sweep in ("one", "two"):
-        red = reconfigure(write_red(tmp_path / sweep / "runs" / "red"), "run", "runs/red")
-        copies.append((red, write_run(tmp_path / sweep / "runs" / "blue", base="runs/red")))
-    runs = read_runs([path for pair in copies for path in pair])
-    for red, blue in zip(runs[::2], runs[1::2], strict=True):
-        assert base_among(blue, runs) is red, "the one beside it"
-    reconfigure(copies[0][0], "run", "other")
-    runs = read_runs(copies[0])
-    assert base_among(runs[1], runs) is runs[0], "by the end of its path"
+        red = reconfigure(write_red(tmp_path / sweep / "red"), "run", "runs/red")
+        blue = write_run(tmp_path / sweep / "blue", base="runs/red")
+        copies += [red, reconfigure(blue, "run", "runs/blue")]
+    runs = read_runs(copies)
+    for red_run, blue_run in zip(runs[::2], runs[1::2], strict=True):
+        assert base_among(blue_run, runs) is red_run
+
+
+def test_a_base_is_seen_from_where_the_run_was_started_through_links_too(tmp_path: Path) -> None:
+    red = write_red(tmp_path / "runs" / "sweep" / "red")
+    (tmp_path / "runs" / "red").symlink_to(red)
+    blue = reconfigure(write_run(tmp_path / "runs" / "b", base="runs/red"), "run", "runs/b")
+    runs = read_runs([red, blue])
+    assert base_among(runs[1], runs) is runs[0]
 
 
 def test_bases_in_a_circle_end_nowhere(tmp_path: Path) -> None:

