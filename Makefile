@@ -36,8 +36,9 @@ lint: .venv/.installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# More workers than that spend their time importing.
 test: lint
-	.venv/bin/python -m pytest -m "$(fast)"
+	.venv/bin/python -m pytest -m "$(fast)" -n auto --maxprocesses 4
 
 test-slow: .venv/.installed
 	.venv/bin/python -m pytest -m slow
