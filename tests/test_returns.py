@@ -84,6 +84,14 @@ def test_without_that_control_the_same_runs_would_be_flagged_far_too_often() -> 
     assert num_flagged / 300 > 0.15
 
 
+def test_a_single_look_sees_what_does_not_stand_over_all_looks() -> None:
+    hits = [32] * 3 + [2, 2, 14]
+    assert rate_flags(hits) == []
+    (flag,) = rate_flags(hits, rules=Rules(over_all_looks=False))
+    assert flag.step == 5
+    assert not rate_flags([32] * 3 + [2, 2, 21]) and rate_flags([64] * 3 + [4, 4, 29], n=64)
+
+
 def test_planted_returns_are_found() -> None:
     draw = np.random.default_rng(0)
     true_rates = [1.0] * 4 + [0.02] * 12 + [0.75] * 8

