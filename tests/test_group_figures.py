@@ -111,6 +111,8 @@ def test_red_checkpoints_are_drawn_with_the_number_of_returns(tmp_path: Path) ->
     drawn = texts(figures(red, *runs)["checkpoints"], tmp_path)
     assert "2 seeds each; returns in 0 of 4 runs" in drawn
     assert {"red 4", "red 8"} <= set(drawn.splitlines())
+    grid = texts(figures(red, *runs)["grid"], tmp_path)
+    assert "8 steps" in grid and "step 4 of 8" not in grid
 
 
 def test_provoked_returns_have_a_figure_of_their_own(tmp_path: Path) -> None:

