@@ -244,3 +244,12 @@ def test_an_adapter_that_cannot_be_merged_by_rows_is_refused_by_what_it_has(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="LORA with use_dora cannot be merged by rows"):
         open_weights(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_sharded_as_plain_ones_on_one_process(world: Path) -> None:
+    more = ("--data.batch_size=4", "--trainer.max_steps=20")
+    args = sharded_args(world, "compiled", "--model.init_args.compile=true")
+    run(args, 2, world / "compiled-said")
+    assert "layers compiled" in (world / "compiled-said-0.txt").read_text()
+    assert_same_losses(world / "compiled", fit(world, "not-compiled", *more))

