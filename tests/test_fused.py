@@ -96,13 +96,15 @@ def test_measurements_get_the_plain_layers_logits_to_the_bit(family: str) -> Non
         assert torch.equal(forward_packed(model, *inputs()), forward_packed(plain, *inputs()))
 
 
-def test_twenty_steps_of_training_have_the_plain_layers_losses() -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_twenty_steps_of_training_have_the_plain_layers_losses(method: str) -> None:
     losses = []
-    plain = tiny_model("llama")
+    plain = tiny_model("llama") if method == "full" else adapted(tiny_model("llama"))
     for model, is_fused in ((copy.deepcopy(plain), True), (plain, False)):
         if is_fused:
             fuse_layers(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=is_fused)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=is_fused)
         for _ in range(20):
             optimizer.zero_grad()
             loss = (
@@ -113,7 +115,7 @@ def test_twenty_steps_of_training_have_the_plain_layers_losses() -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    assert losses[19] < losses[0] / 2
+    assert losses[19] < 0.8 * losses[0]
     assert losses[:20] == pytest.approx(losses[20:], rel=1e-5)
 
 
