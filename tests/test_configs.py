@@ -209,15 +209,23 @@ def test_every_sweep_names_files_that_are_there_and_makes_runs(
         assert all(bool(stage.slurm) != is_here for stage in sweep.stages.values())
 
 
-def test_the_sweep_of_learning_rates_holds_lr_times_steps_equal() -> None:
-    values = yaml.safe_load((PROJECT / "configs/sweeps/demo-lr.yaml").read_text())
-    lines = values["stages"]["blue"]["axes"]["lr"].values()
-    products = {
-        float(lr) * int(steps)
-        for line in lines
-        for lr, steps in re.findall(r"\.lr=(\S+) --trainer.max_steps=(\d+)$", line)
-    }
-    assert len(lines) == 4 and products == {0.096}
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
+@pytest.mark.filterwarnings(r"ignore:(?s).*(JSONARGPARSE_DEPRECATION|deprecated in v4\.)")
+@pytest.mark.parametrize("name", ["demo", "post"])
+def test_a_third_of_the_learning_rate_has_twelve_times_the_steps(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    settings = {}
+    for member in read_sweep(Path(f"configs/sweeps/{name}-lr.yaml")).members.values():
+        if member.stage == "blue":
+            config: Any = parse([], *member.args)
+            steps, model = config.trainer.max_steps, config.model.init_args
+            warmup = round(model.schedule.init_args.warmup_ratio * steps)
+            settings[model.optimizer.init_args.lr] = steps, warmup
+    (low, (long, low_warmup)), (high, (short, high_warmup)) = sorted(settings.items())
+    assert low == pytest.approx(high / 3, rel=0.01)
+    assert (long, low_warmup) == (12 * short, high_warmup)
 
 
 @pytest.mark.slow

@@ -94,6 +94,18 @@ def test_learning_rates_are_compared_on_one_model_organism(tmp_path: Path) -> No
         assert text in drawn.replace("; ", "\n").splitlines()
 
 
+def test_learning_rates_of_as_many_steps_are_a_row_of_their_own(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / f"{lr}-{steps}", 8, -3, num_steps=steps, lr=lr)
+        for lr, steps in ((2e-4, 4), (1e-4, 8), (1e-4, 24), (2e-4, 24))
+    ]
+    scaled, long = learning_rates(grouped(*runs))
+    assert [(g.first.lr, g.first.run.max_steps) for g in scaled] == [(1e-4, 8), (2e-4, 4)]
+    assert [(g.first.lr, g.first.run.max_steps) for g in long] == [(1e-4, 24), (2e-4, 24)]
+    drawn = texts(figures(*runs)["learning-rates"], tmp_path)
+    assert drawn.count(", 24 steps") == 1 and ", 4 steps" not in drawn
+
+
 def test_red_checkpoints_are_drawn_with_the_number_of_returns(tmp_path: Path) -> None:
     red = write_red(tmp_path / "red", num_steps=8)
     runs = [

