@@ -40,11 +40,7 @@ from packing import SYSTEM, apart, write_rows
 MODEL = "smollm2-135m-instruct"
 LR = 1e-5
 SHORT = 3600  # characters of a row; some 900 tokens
-
-
-def untimed(pack_length: int) -> int:
-    """Steps until the allocator and the caches are warm."""
-    return max(1, 3 * 1024 // pack_length)
+UNTIMED = 3  # steps, until memory and caches are warm
 
 
 class Clock(pl.Callback):
@@ -110,7 +106,7 @@ def ours(
 
     if is_plain:
         module_file.fuse_layers = lambda model: None
-        attention.KEPT_BYTES = 0
+        attention.keeps_probabilities = lambda device, dtype: False
     make = FullFinetune if method == "full" else LoRAFinetune
     optimizer: Any = partial(torch.optim.AdamW, lr=LR, fused=not is_plain)
     module = make(MODEL, optimizer)
@@ -118,10 +114,10 @@ def ours(
         module.configure_model()
         for weight in module.causal_lm.parameters():
             weight.data = torch.nextafter(weight.data, torch.tensor(torch.inf))
-    clock, skipped = Clock(), untimed(pack_length)
+    clock = Clock()
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_steps=num_steps + skipped,
+        max_steps=num_steps + UNTIMED,
         callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
@@ -132,12 +128,12 @@ def ours(
     )
     trainer.fit(module, datamodule=make_data(rows, pack_length, scratch))
     peak = peak_bytes()
-    batches, seconds = clock.batches[skipped:], clock.seconds[skipped:]
+    batches, seconds = clock.batches[UNTIMED:], clock.seconds[UNTIMED:]
     tokens = [batch["input_ids"].numel() for batch in batches]
     return {
         "tokens_per_second": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
         "peak_after": peak,
-        "wait": statistics.median(clock.waits[skipped:]),
+        "wait": statistics.median(clock.waits[UNTIMED:]),
         "losses": clock.losses,
         "share": share_of_products(module.model, batches, seconds) if has_share else None,
     }
@@ -241,7 +237,6 @@ def theirs(
         ]
     )
     seconds: list[float] = []
-    skipped = untimed(pack_length)
 
     class StepClock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -266,7 +261,7 @@ def theirs(
             completion_only_loss=True,
             per_device_train_batch_size=1,
             gradient_checkpointing=False,
-            max_steps=num_steps + skipped,
+            max_steps=num_steps + UNTIMED,
             learning_rate=LR,
             optim="adamw_torch_fused",
             report_to=[],
@@ -281,7 +276,7 @@ def theirs(
         callbacks=[StepClock()],
     )
     trainer.train()
-    rates = [n / s for n, s in zip(tokens[skipped:], seconds[skipped:], strict=True)]
+    rates = [n / s for n, s in zip(tokens[UNTIMED:], seconds[UNTIMED:], strict=True)]
     return {"tokens_per_second": statistics.median(rates), "peak_after": peak_bytes()}
 
 
@@ -426,7 +421,7 @@ def main(args: list[str]) -> int:
     if wanted("steps"):
         for method in ("full", "lora"):
             losses, plain, nudged = (
-                apart(ours, method, 256, 20 - untimed(256), *both, False, *way)["losses"]
+                apart(ours, method, 256, 20 - UNTIMED, *both, False, *way)["losses"]
                 for way in ((), (True,), (True, True))
             )
 

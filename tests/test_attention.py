@@ -74,6 +74,7 @@ def test_kept_probabilities_give_the_gradients_of_pytorchs_attention(
 
     monkeypatch.setattr(attention, "_causal", spy)
     monkeypatch.setattr(attention, "BLOCK", 32)
+    monkeypatch.setattr(attention, "KEPT_BYTES_A_TOKEN", 0)
     found = []
     for budget in (kept_bytes, 0):
         calls.clear()
@@ -83,7 +84,7 @@ def test_kept_probabilities_give_the_gradients_of_pytorchs_attention(
         found.append((out, *torch.autograd.grad(out, parts, grad)))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
-    monkeypatch.setattr(attention, "KEPT_BYTES", 2**24)
+    monkeypatch.setattr(attention, "KEPT_BYTES_A_TOKEN", 2**12)
     with torch.no_grad():
         calls.clear()
         attention._attend_samples(*parts, 0.3, 0.0, lengths)

