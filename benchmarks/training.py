@@ -425,11 +425,10 @@ def main(args: list[str]) -> int:
                 apart(ours, method, 256, 20 - UNTIMED, *both, False, *way)["losses"]
                 for way in ((), (True,), (True, True))
             )
-
             lines.append(
                 f"| losses of 20 steps, {method} | {losses[-1]:.6f} | {plain[-1]:.6f} (plain "
-                f"layers) | at most {distance(losses, plain):.1e} apart; the plain layers' own, with "
-                f"weights changed in the last place, {distance(nudged, plain):.1e} |"
+                f"layers) | at most {distance(losses, plain):.1e} apart; the plain layers' own, "
+                f"with weights changed in the last place, {distance(nudged, plain):.1e} |"
             )
     print("\n".join(lines))
     return 0
