@@ -1,6 +1,6 @@
 """Training speed and memory beside TRL's `SFTTrainer`, and beside what the machine can multiply.
 
-    python benchmarks/training.py                   all rows (about 40 minutes on two cores)
+    python benchmarks/training.py                   all rows (two hours on two cores)
     python benchmarks/training.py --only start      some of speed, length, start, watch, steps
     pip install --no-deps trl                       for its columns; without it they are left out
 
@@ -8,9 +8,9 @@ SmolLM2-135M-Instruct in float32 on all cores; the rows are those of packing.py,
 post. Each measurement has a process of its own, ours and TRL's in turn, and medians count.
 
 - speed: tokens per second, peak memory, and the share of the machine's matrix-product rate that the
-  step's necessary arithmetic reaches. The rate is measured in the same process, on the model's own
-  shapes, each product done by the faster of PyTorch's and oneDNN's kernels; the median of its times
-  is beside the median of the steps, and the best of them beside that too. Necessary are the
+  step's necessary arithmetic reaches. The rate is measured behind each step, so that a machine that
+  slows down slows both, on the shapes of that step, each product done by the faster of PyTorch's
+  and oneDNN's kernels; the median of its times counts. Necessary are the
   products of weights (forward, and backward where something trains), the head's on supervised
   tokens only, and attention within samples. The first steps, until memory is warm, do not count.
 - length: cost per token at packs of 1024 to 8192, of samples that all of these can hold: a longer
@@ -45,9 +45,14 @@ UNTIMED = 3  # steps, until memory and caches are warm
 
 
 class Clock(pl.Callback):
-    """How long each step took, and the wait for its data; its tokens and its loss."""
+    """How long each step took, and the wait for its data; its tokens and its loss.
 
-    def __init__(self) -> None:
+    `has_share`: and its share of the products' rate, once it counts.
+    """
+
+    def __init__(self, has_share: bool) -> None:
+        self.has_share = has_share
+        self.shares: list[float] = []
         self.seconds: list[float] = []
         self.waits: list[float] = []
         self.batches: list[Any] = []
@@ -62,9 +67,12 @@ class Clock(pl.Callback):
 
     def on_train_batch_end(self, *args: Any) -> None:  # noqa: ANN401
         """Stop it."""
-        self.ended = time.perf_counter()
-        self.seconds.append(self.ended - self.began)
+        self.seconds.append(time.perf_counter() - self.began)
         self.losses.append(float(args[2]["loss"]))
+        if self.has_share and len(self.seconds) > UNTIMED:
+            needed = seconds_of_products(args[1].model, self.batches[-1])
+            self.shares.append(needed / self.seconds[-1])
+        self.ended = time.perf_counter()
 
 
 def make_data(rows: str, pack_length: int, cache_dir: str) -> Any:  # noqa: ANN401
@@ -109,6 +117,7 @@ def ours(
     if is_plain:
         module_file.fuse_layers = lambda model: None
         attention.keeps_probabilities = lambda device, dtype: False
+    pl.seed_everything(1, verbose=False)  # a new adapter begins with what is drawn
     make = FullFinetune if method == "full" else LoRAFinetune
     optimizer: Any = partial(torch.optim.AdamW, lr=LR, fused=not is_plain)
     module = make(MODEL, optimizer)
@@ -116,7 +125,7 @@ def ours(
         module.configure_model()
         most = torch.tensor(torch.inf)
         replace_weights(module.causal_lm, lambda weight: torch.nextafter(weight, most))
-    clock = Clock()
+    clock = Clock(has_share)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=num_steps + UNTIMED,
@@ -137,11 +146,7 @@ def ours(
         "peak_after": peak,
         "wait": statistics.median(clock.waits[UNTIMED:]),
         "losses": clock.losses,
-        "shares": [
-            share_of_products(module.model, batches, seconds, pick)
-            for pick in (statistics.median, min)
-            if has_share
-        ],
+        "shares": clock.shares,
     }
 
 
@@ -151,16 +156,8 @@ def peak_bytes() -> int:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def share_of_products(
-    model: Any,  # noqa: ANN401
-    batches: list[Any],
-    seconds: list[float],
-    pick: Callable[[list[float]], float],
-) -> float:
-    """Time that the necessary products take at the machine's rate, over the time of the steps.
-
-    `pick` says which of a product's times is its rate.
-    """
+def seconds_of_products(model: Any, batch: Any) -> float:  # noqa: ANN401
+    """Time that the necessary products of a step take at the machine's rate."""
     import torch
     from torch import nn
 
@@ -171,55 +168,39 @@ def share_of_products(
         if isinstance(layer, nn.Linear):
             shape = (layer.in_features, layer.out_features, layer.weight.requires_grad)
             shapes[shape] = shapes.get(shape, 0) + 1
-    shares = []
-    for batch, measured in zip(batches, seconds, strict=True):
-        num_tokens, num_targets = batch["input_ids"].numel(), len(batch["target_ids"])
-        with torch.no_grad():
-            needed = sum(
-                count * product_seconds(pick, num_tokens, *shape) for shape, count in shapes.items()
-            )
-            wide, out = head.weight.T.shape
-            needed += product_seconds(pick, num_targets, wide, out, head.weight.requires_grad)
-            width = config.num_attention_heads * config.head_dim
-            rate = 2 * num_tokens * config.hidden_size**2 * 2
-            rate /= product_seconds(pick, num_tokens, config.hidden_size, config.hidden_size, False)
-        lengths = [int(b - a) for a, b in pairwise(batch["cu_seq_lens"])]
-        flops = 6 * width * sum(n * n for n in lengths) * config.num_hidden_layers
-        shares.append((needed + flops / rate) / measured)
-    return statistics.median(shares)
+    num_tokens, num_targets = batch["input_ids"].numel(), len(batch["target_ids"])
+    with torch.no_grad():
+        needed = sum(count * product_seconds(num_tokens, *shape) for shape, count in shapes.items())
+        wide, out = head.weight.T.shape
+        needed += product_seconds(num_targets, wide, out, head.weight.requires_grad)
+        width = config.num_attention_heads * config.head_dim
+        rate = 2 * num_tokens * config.hidden_size**2 * 2
+        rate /= product_seconds(num_tokens, config.hidden_size, config.hidden_size, False)
+    lengths = [int(b - a) for a, b in pairwise(batch["cu_seq_lens"])]
+    flops = 6 * width * sum(n * n for n in lengths) * config.num_hidden_layers
+    return needed + flops / rate
 
 
-# of each product, a list of times for each kernel that computes it
-_MEASURED: dict[tuple[int, int, int, bool], list[list[list[float]]]] = {}
-
-
-def product_seconds(
-    pick: Callable[[list[float]], float], rows: int, wide: int, out: int, trains: bool
-) -> float:
+def product_seconds(rows: int, wide: int, out: int, trains: bool) -> float:
     """Forward, the input's gradient and, if it trains, the weight's, by the faster kernel each."""
     import torch
 
-    key = (rows, wide, out, trains)
-    if key not in _MEASURED:
-        x, weight, grad = (
-            torch.randn(*shape) for shape in ((rows, wide), (out, wide), (rows, out))
-        )
-        one_dnn: Any = torch.ops.mkldnn._linear_pointwise
+    x, weight, grad = (torch.randn(*shape) for shape in ((rows, wide), (out, wide), (rows, out)))
+    one_dnn: Any = torch.ops.mkldnn._linear_pointwise
 
-        def dnn(a: Any, b: Any) -> Callable[[], Any]:  # noqa: ANN401
-            return lambda: one_dnn(a, b, None, "none", [], "")
+    def dnn(a: Any, b: Any) -> Callable[[], Any]:  # noqa: ANN401
+        return lambda: one_dnn(a, b, None, "none", [], "")
 
-        ways = [
-            [lambda: x @ weight.T, dnn(x, weight)],
-            [lambda: grad @ weight, dnn(grad, weight.T)],
-        ]
-        if trains:
-            ways.append([lambda: grad.T @ x, dnn(grad.T, x.T)])
-        _MEASURED[key] = [list(map(times, kernels)) for kernels in ways]
-    return sum(min(map(pick, kernels)) for kernels in _MEASURED[key])
+    ways = [
+        [lambda: x @ weight.T, dnn(x, weight)],
+        [lambda: grad @ weight, dnn(grad, weight.T)],
+    ]
+    if trains:
+        ways.append([lambda: grad.T @ x, dnn(grad.T, x.T)])
+    return sum(min(statistics.median(times(kernel)) for kernel in kernels) for kernels in ways)
 
 
-def times(call: Callable[[], Any], tries: int = 7) -> list[float]:
+def times(call: Callable[[], Any], tries: int = 5) -> list[float]:
     """Seconds of some calls."""
     found = []
     for _ in range(tries):
@@ -406,13 +387,15 @@ def main(args: list[str]) -> int:
     if wanted("speed"):
         for method, length in (("full", 1024), ("lora", 1024), ("full", 4096)):
             runs: list[list[dict[str, Any]]] = [[] for _ in stages]
+            shares: list[float] = []
+            what = method, length, max(2, given.steps * 1024 // length), *both
             for _ in range(given.pairs):
                 for found, stage in zip(runs, stages, strict=True):
-                    what = method, length, max(2, given.steps * 1024 // length), *both
-                    more = (True,) if stage is ours else ()
-                    found.append(apart(stage, *what, *more))
+                    found.append(apart(stage, *what))
+                # not in the run whose memory counts
+                shares.append(statistics.median(apart(ours, *what, True)["shares"]))
             name = f"{'all weights' if method == 'full' else 'LoRA rank 64'}, packs of {length:,}"
-            lines += compare(name, runs)
+            lines += compare(name, runs, shares)
     if wanted("length"):
         short = scratch / "short-rows.jsonl"
         kept = [line for line in rows.open() if len(line) < SHORT]
@@ -461,7 +444,7 @@ def median_of(runs: list[dict[str, Any]], key: str) -> float:
     return statistics.median(run[key] for run in runs)
 
 
-def compare(name: str, runs: list[list[dict[str, Any]]]) -> list[str]:
+def compare(name: str, runs: list[list[dict[str, Any]]], shares: list[float]) -> list[str]:
     """The rows on one way to train."""
     mine = runs[0]
     rate, peak = median_of(mine, "tokens_per_second"), median_of(mine, "peak_after") / 1e9
@@ -473,13 +456,10 @@ def compare(name: str, runs: list[list[dict[str, Any]]]) -> list[str]:
         )
         lines[0] += f" {median_of(peers, 'tokens_per_second'):.0f} | {ratio:.2f}x |"
         lines[1] += f" {median_of(peers, 'peak_after') / 1e9:.1f} GB | |"
-    median, best = (
-        statistics.median(found) for found in zip(*(run["shares"] for run in mine), strict=True)
-    )
+    every = ", ".join(f"{share:.0%}" for share in shares)
     return [
         *lines,
-        f"| its share of the matrix-product rate | {median:.0%} ({best:.0%} of the products' best) "
-        "| | |",
+        f"| its share of the matrix-product rate | {statistics.median(shares):.0%} ({every}) | | |",
         f"| its wait for data before a step | {1000 * median_of(mine, 'wait'):.1f} ms | | |",
     ]
 
